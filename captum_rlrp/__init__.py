@@ -1,0 +1,33 @@
+"""Relative Layer-Wise Relevance Propagation for PyTorch, as a Captum attribution method."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .attribution import LayerRelativeLRP, RelativeLRP
+from .errors import (
+    CaptureError,
+    InputError,
+    NonFiniteError,
+    RelativeLRPError,
+    TrainingModeError,
+    UnsupportedOperationError,
+)
+from .kernels import show_config
+from .rules import register_rule
+
+try:
+    __version__ = version("captum-rlrp")
+except PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0.0.0"
+
+__all__ = [
+    "CaptureError",
+    "InputError",
+    "LayerRelativeLRP",
+    "NonFiniteError",
+    "RelativeLRP",
+    "RelativeLRPError",
+    "TrainingModeError",
+    "UnsupportedOperationError",
+    "register_rule",
+    "show_config",
+]

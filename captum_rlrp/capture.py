@@ -1,0 +1,499 @@
+"""Model and example arguments to a static graph of ATen calls, by ``torch.export``.
+
+The user's module is only read. The graph is brought into the form the rest of the package
+relies on: no in-place calls, no sub-graphs, no tuple of slices, recurrent layers opened up.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, nn
+from torch.export.graph_signature import InputKind
+from torch.fx import Graph, Node
+from torch.utils._pytree import tree_flatten, tree_leaves
+
+from .errors import CaptureError, InputError, TrainingModeError
+
+aten = torch.ops.aten
+
+# torch.export patches process-wide state while it traces, so one capture runs at a time.
+_CAPTURE_LOCK = threading.Lock()
+
+# Composite layers whose own decomposition is a graph of operations that have rules.
+_OPENED = [
+    overload
+    for packet in (aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu)
+    for overload in (packet.input, packet.data)
+]
+
+
+@dataclass(frozen=True)
+class CapturedGraph:
+    """A model as a graph.
+
+    Attributes:
+        nodes: The calls the output depends on, in execution order.
+        inputs: One placeholder per flattened argument; None where the graph does not use it.
+        parameters: Placeholder → name of the parameter or buffer, read anew at every run.
+        constants: Placeholder → tensor that the forward itself created.
+        output: The node whose value the model returns.
+        batch: Symbol of the batch size, or None if the capture holds for one batch size only.
+    """
+
+    nodes: tuple[Node, ...]
+    inputs: tuple[Node, ...]
+    parameters: dict[Node, str]
+    constants: dict[Node, Tensor]
+    output: Node
+    batch: sympy.Symbol | None
+    graph: Graph = field(repr=False)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module itself behind ``DataParallel``, its distributed kin and ``torch.compile``."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def check_eval_mode(model: nn.Module) -> None:
+    """Refuses modules that behave differently in training (batch statistics, random masks).
+
+    Raises:
+        TrainingModeError: Naming each such module.
+    """
+    # In training these use the batch's statistics or draw random numbers.
+    stateful = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+    found = [
+        (name or "the model itself", type(module).__name__)
+        for name, module in model.named_modules()
+        if module.training
+        and isinstance(module, stateful)
+        and not (isinstance(module, nn.modules.dropout._DropoutNd) and module.p == 0)
+        and not (
+            isinstance(module, nn.modules.instancenorm._InstanceNorm)
+            and not module.track_running_stats
+        )
+    ]
+    if found:
+        listed = ", ".join(f"{name} ({kind})" for name, kind in found[:8])
+        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+        raise TrainingModeError(
+            f"The model is in training mode: {listed}{more} would mix the samples of a batch or "
+            "draw random numbers. Call model.eval() before attributing."
+        )
+
+
+def place_of(node: Node) -> str:
+    """Where a node comes from: module path and source line."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path, kind = list(stack.values())[-1] if stack else ("", "")
+    module = f"module '{path}'" if path else "the model's forward"
+    if kind and path:
+        module += f" ({str(kind).rsplit('.', 1)[-1]})"
+    return f"{module}, {source_of(node)}"
+
+
+def source_of(node: Node) -> str:
+    """The user's line of source that made the call."""
+    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    places = [i for i, line in enumerate(frames) if line.startswith("File ")]
+    if not places:
+        return "source line unknown"
+    # torch's own frames (a module calling its functional form) say little: prefer the user's.
+    user = [i for i in places if "/torch/nn/" not in frames[i]] or places
+    last = user[-1]
+    file, line = frames[last].split(", ")[:2]
+    code = frames[last + 1] if last + 1 < len(frames) else ""
+    return f"{file[5:].strip(chr(34))}:{line.removeprefix('line ')}: {code}"
+
+
+def capture(model: nn.Module, args: Sequence[Any], batch_size: int | None) -> CapturedGraph:
+    """Captures ``model(*args)``.
+
+    Args:
+        model: A module in eval mode; left as it is.
+        args: Its positional arguments.
+        batch_size: The size of dimension 0 of the tensors that carry the batch. The batch is
+            left symbolic where the model allows it. None captures exactly these arguments.
+
+    Raises:
+        CaptureError: If export refuses, with its own text, or if the output is not one tensor.
+    """
+    check_eval_mode(model)
+    example, shapes = _example(args, batch_size)
+    with _CAPTURE_LOCK, _quiet(), torch.inference_mode(False), torch.no_grad():
+        # The fused encoder kernels hide the layers that need rules.
+        fastpath = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            program = torch.export.export(
+                model, example, dynamic_shapes=(shapes,) if _is_variadic(model) else shapes
+            )
+            decompositions = _needed_decompositions(program)
+            if decompositions is not None:
+                program = program.run_decompositions(decompositions)
+        except Exception as error:
+            if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+                raise
+            raise CaptureError(_explain(error, model)) from error
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+        return _normalise(program, model)
+
+
+def _example(args: Sequence[Any], batch_size: int | None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Arguments to trace with, and which of their dimensions is dynamic.
+
+    Export takes a size of 0 or 1 for a constant, so it never sees one as the batch.
+    """
+    dynamic = torch.export.Dim.AUTO
+
+    def example(value: Any) -> tuple[Any, Any]:
+        if isinstance(value, Tensor):
+            if batch_size is not None and value.dim() and value.shape[0] == batch_size:
+                size = (max(batch_size, 2), *value.shape[1:])
+                return torch.empty(size, dtype=value.dtype, device=value.device), {0: dynamic}
+            return value.detach(), None
+        if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+            pairs = [example(item) for item in value]
+            return type(value)(p[0] for p in pairs), type(value)(p[1] for p in pairs)
+        if isinstance(value, dict):
+            pairs = {key: example(item) for key, item in value.items()}
+            return {k: p[0] for k, p in pairs.items()}, {k: p[1] for k, p in pairs.items()}
+        return value, None
+
+    pairs = [example(value) for value in args]
+    return tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
+
+
+def _is_variadic(model: nn.Module) -> bool:
+    """Whether forward takes ``*args``: export then wants the shapes nested once more."""
+    import inspect
+
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    return bool(parameters) and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL
+
+
+def _quiet() -> Any:
+    """Export warns of its own working (unused constants, flattened weights): not the user's."""
+    context = warnings.catch_warnings()
+    context.__enter__()
+    warnings.simplefilter("ignore")
+
+    class _Quiet:
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *exc: object) -> None:
+            context.__exit__(None, None, None)
+
+    return _Quiet()
+
+
+def _explain(error: Exception, model: nn.Module) -> str:
+    text = str(error).strip()
+    lower = text.lower()
+    if "data-dependent" in lower or "guardondatadependent" in lower or "unbacked" in lower:
+        cause = (
+            "its forward branches or indexes on the values of a tensor, so it is no static graph; "
+            "replace the branch by torch.where or move it out of forward"
+        )
+    elif isinstance(error, (TypeError, RuntimeError)) and "missing" in lower and "argument" in lower:
+        cause = "its forward wants other arguments; pass them by additional_forward_args"
+    elif "pytree" in lower or "unsupported type" in lower or "unsupported input type" in lower:
+        cause = "an argument is of a type that export does not know; pass tensors, numbers or None"
+    else:
+        cause = "torch.export refused its forward; its own words follow"
+    return (
+        f"{type(model).__name__} cannot be captured: {cause}.\n"
+        f"torch.export said ({type(error).__name__}): {text}"
+    )
+
+
+def _needed_decompositions(program: Any) -> dict[Any, Any] | None:
+    """None if the graph is usable as it is; otherwise what to take apart (maybe nothing)."""
+    targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
+    opened = [overload for overload in _OPENED if overload in targets]
+    if opened:
+        return dict(torch._decomp.get_decompositions(opened))
+    return {} if _has_aliased_write(program.graph) else None
+
+
+# ---- normal form ------------------------------------------------------------------------------
+
+
+def _normalise(program: Any, model: nn.Module) -> CapturedGraph:
+    graph: Graph = program.graph
+    _inline_subgraphs(graph, program.graph_module)
+    _make_functional(graph)
+    _open_slices(graph)
+
+    parameters: dict[Node, str] = {}
+    constants: dict[Node, Tensor] = {}
+    inputs: list[Node] = []
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            parameters[node] = spec.target
+        elif spec.kind is InputKind.CONSTANT_TENSOR:
+            constants[node] = program.constants[spec.target]
+        elif spec.kind is InputKind.USER_INPUT:
+            inputs.append(node)
+        else:
+            raise CaptureError(
+                f"{type(model).__name__} cannot be captured: it holds a {spec.kind.name.lower()} "
+                f"('{spec.target}'), which is no tensor."
+            )
+    for node in graph.nodes:
+        if node.op == "get_attr" and isinstance(node.target, str):
+            value = operator.attrgetter(node.target)(program.graph_module)
+            if isinstance(value, Tensor):
+                constants[node] = value
+
+    output = _only_tensor(graph, program, model)
+    nodes = tuple(_reachable(graph, output))
+    return CapturedGraph(
+        nodes=nodes,
+        inputs=tuple(inputs),
+        parameters={n: name for n, name in parameters.items() if n in set(nodes)},
+        constants={n: value for n, value in constants.items() if n in set(nodes)},
+        output=output,
+        batch=_batch_symbol(inputs),
+        graph=graph,
+    )
+
+
+def _only_tensor(graph: Graph, program: Any, model: nn.Module) -> Node:
+    (returned,) = next(n for n in graph.nodes if n.op == "output").args
+    user = program.graph_signature.user_outputs
+    by_name = {node.name: node for node in graph.nodes}
+    leaves = [by_name[name] for name in user if isinstance(name, str) and name in by_name]
+    if not leaves:
+        leaves = [leaf for leaf in tree_leaves(returned) if isinstance(leaf, Node)]
+    # A name in the signature may be that of a call since replaced: the output node knows best.
+    current = {leaf.name for leaf in tree_leaves(returned) if isinstance(leaf, Node)}
+    tensors = [n for n in leaves if n.name in current and isinstance(n.meta.get("val"), Tensor)]
+    if not tensors:
+        tensors = [
+            leaf
+            for leaf in tree_leaves(returned)
+            if isinstance(leaf, Node) and isinstance(leaf.meta.get("val"), Tensor)
+        ]
+    unique = list(dict.fromkeys(tensors))
+    if len(unique) != 1:
+        raise InputError(
+            f"{type(model).__name__} returns {len(unique)} tensors; an explanation needs one. Wrap "
+            "the model in a module whose forward returns the tensor to explain."
+        )
+    return unique[0]
+
+
+def _reachable(graph: Graph, output: Node) -> Iterator[Node]:
+    seen = {output}
+    stack = [output]
+    while stack:
+        for node in stack.pop().all_input_nodes:
+            if node not in seen:
+                seen.add(node)
+                stack.append(node)
+    return (node for node in graph.nodes if node in seen)
+
+
+def _batch_symbol(inputs: Sequence[Node]) -> sympy.Symbol | None:
+    for node in inputs:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.dim():
+            size = value.shape[0]
+            if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
+                return size.node.expr
+    return None
+
+
+def _inline_subgraphs(graph: Graph, module: Any) -> None:
+    """Writes out what export wrapped (``with torch.no_grad():`` and autocast regions)."""
+    for node in list(graph.nodes):
+        if not isinstance(node.target, torch._ops.HigherOrderOperator):
+            continue
+        if node.target.name() not in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
+            continue
+        attribute = next(
+            a for a in node.args if isinstance(a, Node) and a.op == "get_attr"
+        )
+        inner = operator.attrgetter(attribute.target)(module)
+        _inline_subgraphs(inner.graph, inner)
+        operands = node.args[node.args.index(attribute) + 1 :]
+        slots = [n for n in inner.graph.nodes if n.op == "placeholder"]
+        values: dict[Node, Any] = dict(zip(slots, operands, strict=True))
+        with graph.inserting_before(node):
+            result = graph.graph_copy(inner.graph, val_map=values)
+        if isinstance(result, tuple) and isinstance(result[0], (tuple, list)):
+            result = result[0]
+        results = list(result) if isinstance(result, (tuple, list)) else [result]
+        for user in list(node.users):
+            if user.target is operator.getitem:
+                user.replace_all_uses_with(results[user.args[1]])
+                graph.erase_node(user)
+        if node.users:
+            node.replace_all_uses_with(results[0])
+        graph.erase_node(node)
+
+
+def _mutates(node: Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def _functional_twin(target: Any) -> Any:
+    """``add_.Tensor`` → ``add.Tensor``, or None."""
+    name = target._schema.name.split("::")[1]
+    if not name.endswith("_") or name.startswith("_assert"):
+        return None
+    packet = getattr(getattr(torch.ops, target.namespace), name[:-1], None)
+    return getattr(packet, target._overloadname, None) if packet is not None else None
+
+
+def _alias_roots(graph: Graph) -> dict[Node, Node]:
+    """Value → the value whose storage it may share."""
+    root: dict[Node, Node] = {}
+    for node in graph.nodes:
+        target = node.target
+        shares = isinstance(target, torch._ops.OpOverload) and (
+            target.is_view or target._schema.is_mutable or target is aten.dropout.default
+        )
+        source = node.args[0] if node.args and isinstance(node.args[0], Node) else None
+        if (shares or target is operator.getitem) and source is not None:
+            root[node] = root.get(source, source)
+        else:
+            root[node] = node
+    return root
+
+
+def _has_aliased_write(graph: Graph) -> bool:
+    """Whether an in-place call changes a value that is later read under another name."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    root = _alias_roots(graph)
+    for node in graph.nodes:
+        if not _mutates(node):
+            continue
+        written = node.args[0] if node.args else None
+        if not isinstance(written, Node) or _functional_twin(node.target) is None:
+            return True
+        # Reading `written` itself later is fine (the result stands in for it); a view is not.
+        chain = {written, node}
+        for other in graph.nodes:
+            if root[other] is not root[written] or other in chain:
+                continue
+            if _mutates(other) and order[other] > order[node]:
+                continue
+            made_before = order[other] < order[node]
+            read_after = any(order[user] > order[node] for user in other.users)
+            if made_before and read_after and not _written_through(other, node, root):
+                return True
+    return False
+
+
+def _written_through(other: Node, write: Node, root: dict[Node, Node]) -> bool:
+    """`other` is an earlier in-place result on the very value that `write` changes."""
+    value: Any = write.args[0]
+    while isinstance(value, Node):
+        if value is other:
+            return True
+        if not _mutates(value):
+            return False
+        value = value.args[0]
+    return False
+
+
+def _make_functional(graph: Graph) -> None:
+    for node in list(graph.nodes):
+        if not _mutates(node):
+            continue
+        written, twin = node.args[0], _functional_twin(node.target)
+        if twin is None or not isinstance(written, Node):
+            continue
+        order = {n: i for i, n in enumerate(graph.nodes)}
+        node.target = twin
+        value: Any = written
+        written.replace_all_uses_with(
+            node, delete_user_cb=lambda user, at=order[node], o=order: o[user] > at
+        )
+        del value
+
+
+def _open_slices(graph: Graph) -> None:
+    """``split``, ``chunk``, ``unbind`` and their parts become slices of the value itself."""
+    packets = {
+        aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split, aten.unbind,
+        aten.unsafe_split, aten.unsafe_chunk, aten.split_copy, aten.unbind_copy,
+        aten.split_with_sizes_copy, aten.hsplit, aten.vsplit, aten.dsplit,
+    }  # fmt: skip
+    for node in list(graph.nodes):
+        packet = getattr(node.target, "overloadpacket", None)
+        if packet not in packets:
+            continue
+        source = node.args[0]
+        parts = node.meta["val"]
+        dim = _slice_dim(node, packet)
+        starts = [0]
+        for part in parts:
+            starts.append(starts[-1] + (1 if part.dim() < source.meta["val"].dim() else part.shape[dim]))
+        if not all(isinstance(start, int) for start in starts):
+            continue  # along the batch: left as it is, and refused later
+        for user in list(node.users):
+            if user.target is not operator.getitem:
+                continue
+            index = user.args[1]
+            with graph.inserting_before(user):
+                if packet in (aten.unbind, aten.unbind_copy):
+                    new = graph.call_function(aten.select.int, (source, dim, index))
+                else:
+                    new = graph.call_function(
+                        aten.slice.Tensor, (source, dim, starts[index], starts[index + 1])
+                    )
+            new.meta = {**node.meta, **user.meta}
+            user.replace_all_uses_with(new)
+            graph.erase_node(user)
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _slice_dim(node: Node, packet: Any) -> int:
+    if packet is aten.hsplit:
+        return 0 if node.args[0].meta["val"].dim() == 1 else 1
+    if packet in (aten.vsplit, aten.dsplit):
+        return 0 if packet is aten.vsplit else 2
+    bound = bind(node)
+    dim = bound.get("dim", 0)
+    return dim % node.args[0].meta["val"].dim()
+
+
+def bind(node: Node) -> dict[str, Any]:
+    """A call's arguments by the names of its schema, defaults filled in."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    bound: dict[str, Any] = {}
+    for position, argument in enumerate(schema.arguments):
+        if position < len(node.args):
+            bound[argument.name] = node.args[position]
+        elif argument.name in node.kwargs:
+            bound[argument.name] = node.kwargs[argument.name]
+        else:
+            bound[argument.name] = argument.default_value if argument.has_default_value() else None
+    return bound
+
+
+def flatten_arguments(args: Sequence[Any]) -> list[Any]:
+    """The arguments in the order of the graph's placeholders."""
+    return tree_flatten(tuple(args))[0]

@@ -1,0 +1,296 @@
+"""Model and arguments to relevance: captures once per signature, binds values, runs.
+
+Knows neither Captum nor targets; :mod:`captum_rlrp.attribution` adds those.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from .capture import CapturedGraph, capture, check_eval_mode, flatten_arguments
+from .errors import CaptureError, InputError, NonFiniteError
+from .program import Program, find_non_finite
+from .sections import plan
+
+_CACHED_PROGRAMS = 32
+
+StartFunction = Callable[[Tensor], Tensor]
+WantedFunction = Callable[[CapturedGraph, Sequence[Node]], list[Node]]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A program with what must hold for it to be used again."""
+
+    program: Program
+    explained: tuple[Node, ...]
+    wanted: tuple[Node, ...]
+    parameters: tuple[tuple[str, Node, torch.Size, torch.dtype, torch.device], ...]
+
+    @property
+    def per_sample(self) -> bool:
+        """Captured for a batch of one: samples go through one by one."""
+        return self.program.graph.batch is None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Relevance at each value asked for, with the shape the value has, and the delta."""
+
+    relevance: list[Tensor]
+    delta: Tensor | None
+
+
+class Engine:
+    """Runs Relative LRP on one model, from any number of threads.
+
+    Args:
+        model: The unwrapped module.
+        kernels: The backend.
+    """
+
+    def __init__(self, model: nn.Module, kernels: ModuleType) -> None:
+        self.model = model
+        self.kernels = kernels
+        self._cache: OrderedDict[Hashable, Captured] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def explain(
+        self,
+        inputs: Sequence[Tensor],
+        additional: Sequence[Any],
+        start: StartFunction,
+        wanted: WantedFunction | None = None,
+        key: Hashable = None,
+        measure_delta: bool = False,
+    ) -> Explanation:
+        """Explains a batch.
+
+        Args:
+            inputs: The explained arguments, samples first.
+            additional: The model's further arguments.
+            start: Model output → relevance at the output.
+            wanted: Which values' relevance to return; the inputs' by default.
+            key: Tells `wanted` functions apart.
+            measure_delta: Whether to measure the violation of the local law.
+        """
+        args = (*inputs, *additional)
+        batch = len(inputs[0])
+        captured = self.captured(args, len(inputs), batch, wanted, key)
+        if not captured.per_sample or batch == 1:
+            return self._run(captured, args, len(inputs), batch, start, measure_delta)
+        # The target function sees the batch's output whole, so the samples' outputs come first.
+        singles = [_sample(args, i, batch) for i in range(batch)]
+        outputs = [self._forward(captured, single) for single in singles]
+        starts = start(torch.cat(outputs))
+        parts = [
+            self._run(captured, single, len(inputs), 1, lambda _, i=i: starts[i : i + 1], measure_delta)  # type: ignore[misc]
+            for i, single in enumerate(singles)
+        ]
+        relevance = [torch.cat(values) for values in zip(*(p.relevance for p in parts), strict=True)]
+        deltas = [part.delta for part in parts if part.delta is not None]
+        return Explanation(relevance, torch.cat(deltas) if deltas else None)
+
+    # ---- capture -----------------------------------------------------------------------------
+
+    def captured(
+        self,
+        args: Sequence[Any],
+        explained: int,
+        batch: int,
+        wanted: WantedFunction | None = None,
+        key: Hashable = None,
+    ) -> Captured:
+        """The program for arguments like these, captured if it is not at hand."""
+        signature = (key, explained, _modules(self.model), _signature(args, batch))
+        with self._lock:
+            found = self._cache.get(signature)
+            if found is not None:
+                self._cache.move_to_end(signature)
+        if found is not None and self._still_fits(found):
+            return found
+        made = self._capture(args, explained, batch, wanted)
+        with self._lock:
+            self._cache[signature] = made
+            while len(self._cache) > _CACHED_PROGRAMS:
+                self._cache.popitem(last=False)
+        return made
+
+    def _capture(
+        self, args: Sequence[Any], explained: int, batch: int, wanted: WantedFunction | None
+    ) -> Captured:
+        check_eval_mode(self.model)
+        try:
+            graph = capture(self.model, args, batch)
+        except CaptureError as error:
+            graph = self._capture_single(args, batch, error)
+        if graph.batch is None:
+            graph = self._capture_single(args, batch, None)
+        nodes = graph.inputs[:explained]
+        taps = wanted(graph, nodes) if wanted else list(nodes)
+        made = plan(graph, nodes, taps)
+        program = Program(graph, made, self.kernels, taps)
+        parameters = tuple(
+            (name, node, value.shape, value.dtype, value.device)
+            for node, name in graph.parameters.items()
+            for value in (_attribute(self.model, name),)
+        )
+        return Captured(program, tuple(nodes), tuple(taps), parameters)
+
+    def _capture_single(
+        self, args: Sequence[Any], batch: int, error: CaptureError | None
+    ) -> CapturedGraph:
+        """The model fixes its batch size: it may still run on one sample at a time."""
+        try:
+            return capture(self.model, _sample(args, 0, batch), None)
+        except CaptureError as second:
+            if error is not None:
+                raise error from None
+            raise CaptureError(
+                f"{type(self.model).__name__} runs for a batch of {batch} only (its forward fixes "
+                f"the batch size, in a reshape perhaps): {second}"
+            ) from second
+
+    def _still_fits(self, captured: Captured) -> bool:
+        try:
+            for name, _, shape, dtype, device in captured.parameters:
+                value = _attribute(self.model, name)
+                if value.shape != shape or value.dtype != dtype or value.device != device:
+                    return False
+        except AttributeError:
+            return False
+        return True
+
+    # ---- run ----------------------------------------------------------------------------------
+
+    def _values(self, captured: Captured, args: Sequence[Any]) -> dict[Node, Any]:
+        graph = captured.program.graph
+        values: dict[Node, Any] = dict(graph.constants)
+        values.update(zip(graph.inputs, flatten_arguments(args), strict=True))
+        for name, node, *_ in captured.parameters:
+            values[node] = _attribute(self.model, name).detach()
+        return {
+            node: value.detach() if isinstance(value, Tensor) else value
+            for node, value in values.items()
+        }
+
+    def _forward(self, captured: Captured, args: Sequence[Any]) -> Tensor:
+        with torch.no_grad(), _no_autocast(args):
+            return captured.program.forward(self._values(captured, args)).output
+
+    def _run(
+        self,
+        captured: Captured,
+        args: Sequence[Any],
+        explained: int,
+        batch: int,
+        start: StartFunction,
+        measure_delta: bool,
+    ) -> Explanation:
+        program = captured.program
+        with torch.no_grad(), _no_autocast(args):
+            values = self._values(captured, args)
+            run = program.forward(dict(values))
+            relevance = start(run.output)
+            if program.graph.output in program.measured:
+                result = run.propagate(relevance, batch, measure_delta)
+                found, delta = result.relevance, result.delta
+            else:  # the output does not depend on the inputs
+                found = {}
+                delta = relevance.new_zeros(batch, dtype=torch.float64) if measure_delta else None
+            if not self._is_finite(args[:explained]) or not run.is_finite():
+                raise self._non_finite(program, values, args[:explained])
+            unused = {node: run.like(node) for node in captured.wanted if found.get(node) is None
+                      and node in program.measured}  # fmt: skip
+            by_node = dict(zip(captured.explained, args, strict=False))
+            parts = []
+            for node in captured.wanted:
+                part = found.get(node)
+                if part is None:
+                    like = unused.get(node) or by_node[node]
+                    part = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+                parts.append(part)
+        return Explanation(parts, delta)
+
+    @staticmethod
+    def _is_finite(inputs: Sequence[Tensor]) -> bool:
+        floating = [x.isfinite().all() for x in inputs if x.is_floating_point()]
+        return not floating or bool(torch.stack(floating).all())
+
+    def _non_finite(
+        self, program: Program, values: dict[Node, Any], inputs: Sequence[Tensor]
+    ) -> NonFiniteError:
+        for i, x in enumerate(inputs):
+            if x.is_floating_point() and not x.isfinite().all():
+                kind = "NaN" if x.isnan().any() else "infinite values"
+                sample = int((~x.isfinite()).flatten(1).any(1).nonzero()[0]) if x.dim() > 1 else 0
+                return NonFiniteError(
+                    f"Input {i} contains {kind} (first in sample {sample}); an explanation needs "
+                    "finite inputs. Remove or impute them."
+                )
+        return find_non_finite(program, values)
+
+
+def _no_autocast(args: Sequence[Any]) -> Any:
+    """The captured graph holds the casts it needs; an ambient autocast would add others."""
+    device = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
+    return torch.autocast(device, enabled=False)
+
+
+def _attribute(model: nn.Module, name: str) -> Tensor:
+    *path, last = name.split(".")
+    module: Any = model
+    for part in path:
+        module = module._modules[part] if part in module._modules else getattr(module, part)
+    value = module._parameters.get(last)
+    if value is None:
+        value = module._buffers.get(last)
+    if value is None:
+        value = getattr(module, last)
+    return value  # type: ignore[no-any-return]
+
+
+def _modules(model: nn.Module) -> Hashable:
+    """Changes when a module is replaced or its mode is switched."""
+    return tuple((id(module), type(module), module.training) for module in model.modules())
+
+
+def _signature(value: Any, batch: int) -> Hashable:
+    if isinstance(value, Tensor):
+        batched = value.dim() > 0 and value.shape[0] == batch
+        shape = value.shape[1:] if batched else value.shape
+        return (batched, tuple(shape), value.dtype, value.device)
+    if isinstance(value, (list, tuple)):
+        return (type(value), *(_signature(item, batch) for item in value))
+    if isinstance(value, dict):
+        return tuple((key, _signature(item, batch)) for key, item in value.items())
+    try:
+        hash(value)
+    except TypeError as error:
+        raise InputError(
+            f"additional_forward_args holds a {type(value).__name__}, which cannot be part of a "
+            "captured graph; pass tensors, numbers, strings, None, or lists and dicts of them."
+        ) from error
+    return (type(value), value)
+
+
+def _sample(value: Any, index: int, batch: int) -> Any:
+    """The arguments of one sample."""
+    if isinstance(value, Tensor):
+        if value.dim() and value.shape[0] == batch:
+            return value[index : index + 1]
+        return value
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(_sample(item, index, batch) for item in value)
+    if isinstance(value, dict):
+        return {key: _sample(item, index, batch) for key, item in value.items()}
+    return value

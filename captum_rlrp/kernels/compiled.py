@@ -1,0 +1,238 @@
+"""The kernels of the C++ and CUDA extension, each falling back to the reference where it must."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from captum_rlrp.kernels import reference
+from captum_rlrp.kernels.reference import (
+    Ints,
+    Term,
+    conv,
+    conv_product,
+    epilogue_,
+    linear,
+    linear_product,
+    linear_rows,
+    mass,
+)
+
+__all__ = [
+    "accumulate",
+    "adaptive_avg_pool",
+    "adaptive_max_pool",
+    "available",
+    "avg_pool",
+    "build_info",
+    "conv",
+    "conv_product",
+    "cuda_available",
+    "cuda_load_error",
+    "epilogue_",
+    "linear",
+    "linear_product",
+    "linear_rows",
+    "load_error",
+    "mass",
+    "max_pool",
+    "product",
+    "split",
+]
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+MAX_AXES = 8
+
+
+def _load(name: str) -> tuple[ModuleType | None, Exception | None]:
+    """Load one part of the extension; its ops then appear under ``torch.ops.captum_rlrp``."""
+    try:
+        return importlib.import_module(f"captum_rlrp.{name}"), None
+    except Exception as error:  # ImportError, OSError, a symbol that this torch lacks: keep any
+        return None, error
+
+
+_cpu, _cpu_error = _load("_C")
+_cuda, _cuda_error = (None, _cpu_error) if _cpu is None else _load("_C_cuda")
+ops = torch.ops.captum_rlrp
+
+
+def available() -> bool:
+    """Whether the extension is loaded."""
+    return _cpu is not None
+
+
+def load_error() -> Exception | None:
+    """Why the extension is not loaded."""
+    return _cpu_error
+
+
+def cuda_available() -> bool:
+    """Whether the CUDA part of the extension is loaded (a GPU need not be there)."""
+    return _cuda is not None
+
+
+def cuda_load_error() -> Exception | None:
+    """Why the CUDA part is not loaded."""
+    return _cuda_error
+
+
+def build_info() -> dict[str, object]:
+    """Compiler, flags, CUDA version and architectures of the loaded extension."""
+    info: dict[str, object] = {}
+    for part in (_cpu, _cuda):
+        if part is not None:
+            info.update(part.build_info())
+    return info
+
+
+def _covers(first: Tensor, *others: Tensor) -> bool:
+    """Whether the extension runs on tensors of this device and (common) dtype."""
+    device = first.device
+    return (
+        (device.type == "cpu" or (device.type == "cuda" and _cuda is not None))
+        and first.dtype in DTYPES
+        and 1 <= first.dim() <= MAX_AXES
+        and all(t.dtype == first.dtype and t.device == device for t in others)
+    )
+
+
+# ---- element by element ----------------------------------------------------------------------
+
+
+def product(x: Tensor, g: Tensor, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
+    """See :func:`captum_rlrp.kernels.reference.product`."""
+    if not _covers(x, g):
+        return reference.product(x, g, inplace=inplace)
+    if inplace and reference.same_layout(x, g):
+        return g, ops.product_(x, g)
+    q, s = ops.product(x, g.expand_as(x))
+    return q, s
+
+
+def accumulate(terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
+    """See :func:`captum_rlrp.kernels.reference.accumulate`."""
+    short = _at_most_two(terms)
+    if short is None:
+        return reference.accumulate(terms)
+    r, s = ops.accumulate(*short)
+    return r, s
+
+
+def split(
+    a: Tensor, b: Tensor, terms: Sequence[Term], *, from_sum: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`captum_rlrp.kernels.reference.split`."""
+    first = terms[0][0]
+    short = _at_most_two(terms) if _covers(first, a, b) and a.shape == b.shape else None
+    if short is None or a.shape != first.shape:
+        return reference.split(a, b, terms, from_sum=from_sum)
+    r_a, s_a, r_b, s_b = ops.split(a, b, *short, from_sum)
+    return r_a, s_a, r_b, s_b
+
+
+_Short = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _at_most_two(terms: Sequence[Term]) -> _Short | None:
+    """The terms as the ops take them, with all but the last added up; None if not covered."""
+    first = terms[0][0]
+    if not _covers(first, *(t for t, _ in terms)) or any(t.shape != first.shape for t, _ in terms):
+        return None
+    if len(terms) > 2:
+        if first.dtype.itemsize == 2:  # partial sums would be rounded to 16 bits
+            return None
+        total: Term = (accumulate(terms[:-1])[0], None)
+        return (*total, *terms[-1])
+    return (*terms[0], *terms[1]) if len(terms) == 2 else (*terms[0], None, None)
+
+
+# ---- pooling ---------------------------------------------------------------------------------
+
+
+def max_pool(
+    x: Tensor,
+    r: Tensor,
+    kernel: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    dilation: Ints = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """See :func:`captum_rlrp.kernels.reference.max_pool`."""
+    if not _covers(x, r):
+        return reference.max_pool(x, r, kernel, stride, padding, dilation, ceil_mode)
+    window = [reference.ints(v, x.dim() - 2) for v in (kernel, stride or kernel, padding, dilation)]
+    result: Tensor = ops.max_pool(x, r, *window, ceil_mode)
+    return result
+
+
+def adaptive_max_pool(x: Tensor, r: Tensor, output_size: Ints) -> Tensor:
+    """See :func:`captum_rlrp.kernels.reference.adaptive_max_pool`."""
+    if not _covers(x, r):
+        return reference.adaptive_max_pool(x, r, output_size)
+    result: Tensor = ops.adaptive_max_pool(x, r)
+    return result
+
+
+def avg_pool(
+    r: Tensor,
+    input_shape: Sequence[int],
+    kernel: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """See :func:`captum_rlrp.kernels.reference.avg_pool`."""
+    if not _covers(r):
+        options = (ceil_mode, count_include_pad, divisor_override)
+        return reference.avg_pool(r, input_shape, kernel, stride, padding, *options)
+    window = [reference.ints(v, r.dim() - 2) for v in (kernel, stride or kernel, padding)]
+    result: Tensor = ops.avg_pool(
+        r, list(input_shape), *window, ceil_mode, count_include_pad, divisor_override
+    )
+    return result
+
+
+def adaptive_avg_pool(r: Tensor, input_shape: Sequence[int]) -> Tensor:
+    """See :func:`captum_rlrp.kernels.reference.adaptive_avg_pool`."""
+    if not _covers(r):
+        return reference.adaptive_avg_pool(r, input_shape)
+    result: Tensor = ops.adaptive_avg_pool(r, list(input_shape))
+    return result
+
+
+# ---- what the ops return, for tracing: shapes, dtypes, strides -------------------------------
+
+
+def _masses(t: Tensor) -> Tensor:
+    return t.new_empty(t.shape[0], dtype=reference.accumulation_dtype(t.dtype))
+
+
+def _image(model: Tensor, shape: Sequence[int]) -> Tensor:
+    layout = reference.memory_format(model)
+    return torch.empty(shape, dtype=model.dtype, device=model.device, memory_format=layout)
+
+
+def _register_fakes() -> None:
+    fake = torch.library.register_fake
+    fake("captum_rlrp::product")(lambda x, g: (torch.empty_like(x), _masses(x)))
+    fake("captum_rlrp::product_")(lambda x, g: _masses(x))
+    fake("captum_rlrp::accumulate")(lambda t, *_: (torch.empty_like(t), _masses(t)))
+    fake("captum_rlrp::split")(
+        lambda a, b, t, *_: (torch.empty_like(t), _masses(t), torch.empty_like(t), _masses(t))
+    )
+    fake("captum_rlrp::max_pool")(lambda x, r, *_: _image(x, x.shape))
+    fake("captum_rlrp::adaptive_max_pool")(lambda x, r: _image(x, x.shape))
+    fake("captum_rlrp::avg_pool")(lambda r, shape, *_: _image(r, shape))
+    fake("captum_rlrp::adaptive_avg_pool")(lambda r, shape: _image(r, shape))
+
+
+if _cpu is not None:
+    _register_fakes()

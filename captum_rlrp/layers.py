@@ -1,0 +1,112 @@
+"""Which values of a captured graph are a module's outputs or inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from .capture import CapturedGraph
+from .errors import InputError
+
+
+def module_names(model: nn.Module, module: nn.Module) -> list[str]:
+    """Every name the module goes by in the model.
+
+    Raises:
+        InputError: If it is not part of the model.
+    """
+    names = [
+        name for name, found in model.named_modules(remove_duplicate=False) if found is module
+    ]
+    if not names:
+        raise InputError(
+            f"The layer {type(module).__name__} is not a module of the model: pass a module object "
+            "taken from the model itself, such as model.layer4."
+        )
+    return names
+
+
+def _calls(graph: CapturedGraph, names: Sequence[str]) -> list[list[Node]]:
+    """The nodes of each call of the module, in order of execution."""
+    calls: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
+            if path in names:
+                calls.setdefault(key, []).append(node)
+    if "" in names and not calls:
+        calls[""] = [n for n in graph.nodes if n.op == "call_function"]
+    return list(calls.values())
+
+
+def _carries(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point() and node.meta.get("depends", True)
+
+
+def mark_dependence(graph: CapturedGraph, explained: Sequence[Node]) -> None:
+    """Notes at each node whether it depends on the explained inputs."""
+    depends = set(explained)
+    for node in graph.nodes:
+        if any(source in depends for source in node.all_input_nodes):
+            depends.add(node)
+        node.meta["depends"] = node in depends
+
+
+def layer_calls(
+    graph: CapturedGraph, explained: Sequence[Node], names: Sequence[str], of_inputs: bool
+) -> list[Node]:
+    """The values that leave (or enter) the module, call by call.
+
+    Raises:
+        InputError: If the module is not called, or has no operation of its own.
+    """
+    mark_dependence(graph, explained)
+    found: list[Node] = []
+    for nodes in _calls(graph, names):
+        inside = set(nodes)
+        if of_inputs:
+            values = [s for n in nodes for s in n.all_input_nodes if s not in inside]
+        else:
+            values = [
+                n
+                for n in nodes
+                if n is graph.output or any(u not in inside and _reads(u, graph) for u in n.users)
+            ]
+        found += [n for n in dict.fromkeys(values) if _carries(n)]
+    if not found:
+        where = "reads" if of_inputs else "computes"
+        raise InputError(
+            f"The layer '{names[0]}' {where} no value that depends on the inputs and leads to the "
+            "output: it is not called, or does nothing (nn.Identity). Choose the layer before or "
+            "behind it."
+        )
+    return found
+
+
+def _reads(user: Node, graph: CapturedGraph) -> bool:
+    packet = getattr(user.target, "overloadpacket", None)
+    return user in set(graph.nodes) and packet is not torch.ops.aten.sym_size
+
+
+def leaf_calls(
+    model: nn.Module, graph: CapturedGraph, explained: Sequence[Node]
+) -> list[tuple[str, list[Node]]]:
+    """Leaf modules that carry relevance, with their outputs, in order of execution."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    leaves: list[tuple[str, list[Node]]] = []
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if any(True for _ in module.children()) or id(module) in seen:
+            continue
+        seen.add(id(module))
+        try:
+            nodes = layer_calls(graph, explained, module_names(model, module), of_inputs=False)
+        except InputError:
+            continue
+        leaves.append((name, nodes))
+    return sorted(leaves, key=lambda leaf: order[leaf[1][0]])

@@ -1,0 +1,337 @@
+"""Steps to a run: one forward that keeps what the rules read, one relevance pass in reverse."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .capture import CapturedGraph, place_of
+from .errors import NonFiniteError
+from .layout import Layout
+from .rules import Call, Relevance
+from .sections import Plan
+
+
+@dataclass(frozen=True)
+class Like:
+    """What is remembered of a value that was not kept."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Result:
+    """Outcome of a run.
+
+    Attributes:
+        relevance: Relevance at each value asked for; None where none arrived.
+        delta: Largest violation of the local law per sample, shape ``(batch,)``, if measured.
+        output: The model's output.
+    """
+
+    relevance: dict[Node, Tensor | None]
+    delta: Tensor | None
+    output: Tensor
+
+
+class Program:
+    """A captured graph with its plan; holds no tensor but the constants of the forward.
+
+    Args:
+        graph: The captured model.
+        plan: Its steps.
+        kernels: The backend that does the arithmetic.
+        wanted: The values whose relevance is asked for.
+    """
+
+    def __init__(
+        self, graph: CapturedGraph, plan: Plan, kernels: ModuleType, wanted: Collection[Node]
+    ) -> None:
+        self.graph = graph
+        self.plan = plan
+        self.kernels = kernels
+        self.wanted = tuple(wanted)
+        self.calls = [node for node in graph.nodes if node.op == "call_function"]
+        self.measured = frozenset(n for n in graph.nodes if n in plan.layouts)
+        last: dict[Node, int] = {}
+        for i, node in enumerate(self.calls):
+            for source in node.all_input_nodes:
+                last[source] = i
+        keep = plan.kept | {graph.output}
+        self.released: list[list[Node]] = [[] for _ in self.calls]
+        for node, i in last.items():
+            if node not in keep:
+                self.released[i].append(node)
+        # A kept value is freed as soon as the last step that reads it is done.
+        self.finished: list[list[Node]] = [[] for _ in plan.steps]
+        seen: set[Node] = set()
+        for i, step in enumerate(plan.steps):
+            for node in step.needs:
+                if node not in seen:
+                    seen.add(node)
+                    self.finished[i].append(node)
+
+    def forward(self, values: Mapping[Node, Any]) -> Run:
+        """Runs the model on the values of its placeholders."""
+        return Run(self, dict(values))
+
+
+class Run:
+    """One forward and the relevance pass over it. Rules read it; nothing outlives it."""
+
+    def __init__(self, program: Program, values: dict[Node, Any]) -> None:
+        self.program = program
+        self.kernels = program.kernels
+        self.batch = 1
+        self.measures_delta = False
+        self._values = values
+        self._likes: dict[Node, Like] = {}
+        self._taps: dict[Node, list[Relevance]] = {}
+        self._masses: list[Tensor] = []
+        self._delta: Tensor | None = None
+        for node in program.graph.nodes:
+            if node in values and node in program.measured:
+                self._remember(node, values[node])
+        for i, node in enumerate(program.calls):
+            value = node.target(*self._resolve(node.args), **self._resolve(node.kwargs))  # type: ignore[operator]
+            values[node] = value
+            if node in program.measured:
+                self._remember(node, value)
+            for done in program.released[i]:
+                values.pop(done, None)
+        self.output: Tensor = values[program.graph.output]
+
+    def _remember(self, node: Node, value: Tensor) -> None:
+        self._likes[node] = Like(value.shape, value.dtype, value.device)
+
+    def _resolve(self, argument: Any) -> Any:
+        if isinstance(argument, Node):
+            return self._values[argument]
+        if isinstance(argument, (list, tuple)):
+            return type(argument)(self._resolve(item) for item in argument)
+        if isinstance(argument, dict):
+            return {key: self._resolve(item) for key, item in argument.items()}
+        if isinstance(argument, slice):
+            return slice(*map(self._resolve, (argument.start, argument.stop, argument.step)))
+        return argument
+
+    # ---- what rules read ----------------------------------------------------------------------
+
+    def value(self, argument: Any) -> Any:
+        """The value of a node, or of an argument made of nodes."""
+        return self._resolve(argument)
+
+    def like(self, node: Node) -> Like:
+        """Shape, dtype and device of a value, kept or not."""
+        return self._likes[node]
+
+    def layout(self, node: Node) -> Layout:
+        """Where the batch lies in a value."""
+        return self.program.plan.layouts[node]
+
+    def evaluate(
+        self,
+        call: Call,
+        values: Mapping[Node, Tensor],
+        *,
+        dtype: torch.dtype | None = None,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """Calls the op again with other values for some operands.
+
+        Args:
+            call: The call.
+            values: Operand → value to use in its place.
+            dtype: Floating-point operands are cast to it.
+            overrides: Argument name → value to use in its place.
+        """
+        if dtype is None and values:
+            dtype = next(iter(values.values())).dtype
+
+        def fill(argument: Any) -> Any:
+            if isinstance(argument, Node):
+                value = values[argument] if argument in values else self._values[argument]
+                if isinstance(value, Tensor) and value.is_floating_point() and dtype is not None:
+                    value = value.to(dtype)
+                    return value.clone() if value.is_inference() else value
+                return value
+            if isinstance(argument, (list, tuple)):
+                return type(argument)(fill(item) for item in argument)
+            return argument
+
+        args, kwargs = [], {}
+        for parameter in call.target._schema.arguments:
+            value = call.args[parameter.name]
+            if overrides and parameter.name in overrides:
+                value = overrides[parameter.name]
+            if parameter.name == "dtype" and isinstance(value, torch.dtype):
+                value = dtype
+            (kwargs.__setitem__ if parameter.kwarg_only else _appender(args))(
+                parameter.name, fill(value)
+            )
+        result = call.target(*args, **kwargs)
+        return result[call.item] if call.item is not None else result
+
+    # ---- relevance arithmetic, per sample ------------------------------------------------------
+
+    def merge(self, node: Node, terms: Sequence[Relevance]) -> Relevance:
+        """The sum of what arrived at a value, as one term with its mass."""
+        if len(terms) == 1 and terms[0].mass is not None:
+            return terms[0]
+        layout = self.layout(node)
+        views = [(layout.samples_first(t.values, self.batch), t.factor) for t in terms]
+        values, mass = self.kernels.accumulate(views)
+        self._masses.append(mass)
+        return Relevance(layout.restore(values, self.like(node).shape), None, mass)
+
+    def split(
+        self, node: Node, a: Tensor, b: Tensor, terms: Sequence[Relevance]
+    ) -> tuple[Relevance, Relevance]:
+        """Both shares of a sum."""
+        layout, shape = self.layout(node), self.like(node).shape
+        views = [(layout.samples_first(t.values, self.batch), t.factor) for t in terms]
+        dtype = terms[0].values.dtype
+        a, b = (layout.samples_first(v.to(dtype), self.batch) for v in (a, b))
+        r_a, s_a, r_b, s_b = self.kernels.split(a, b, views)
+        self._masses += [s_a, s_b]
+        return (
+            Relevance(layout.restore(r_a, shape), None, s_a),
+            Relevance(layout.restore(r_b, shape), None, s_b),
+        )
+
+    def carry(self, node: Node, g: Tensor, r: Relevance) -> Relevance:
+        """``v ⊙ g``, carried to the mass of `r`: the rule of method.md §2 at the value `node`."""
+        assert r.mass is not None
+        layout = self.layout(node)
+        v = self._values[node]
+        if r.factor is not None:
+            g = g * layout.spread(r.factor.to(g.dtype), g.shape)
+        q, s = self.kernels.product(
+            layout.samples_first(v.to(g.dtype), self.batch), layout.samples_first(g, self.batch)
+        )
+        self._masses.append(s)
+        # Below the smallest normal number a sum has no digits left to divide by.
+        carries = s > torch.finfo(s.dtype).tiny
+        factor = torch.where(carries, r.mass / s, 0.0)
+        mass = torch.where(carries, r.mass, 0.0)
+        return Relevance(layout.restore(q, self.like(node).shape), factor, mass)
+
+    def is_tapped(self, node: Node) -> bool:
+        """Whether the relevance at this value is asked for."""
+        return node in self.program.wanted
+
+    def tap(self, node: Node, terms: list[Relevance]) -> None:
+        """Notes the relevance at a value inside a section."""
+        self._taps[node] = terms
+
+    def record_delta(self, start: Node, q: Relevance, end: Node, y: Tensor, r: Relevance) -> None:
+        """Violation of the local law, |Σ q − Σ (y − b) r| / ‖q‖₁."""
+
+        def total(node: Node, value: Tensor) -> Tensor:
+            value = self.layout(node).samples_first(value.double(), self.batch)
+            return value.reshape(self.batch, -1).sum(1)
+
+        left = total(start, q.values)
+        right = total(end, y.double() * r.values)
+        if r.factor is not None:
+            right = right * r.factor
+        mass = total(start, q.values.abs())
+        violation = torch.where(mass > 0, (left - right).abs() / mass, 0.0)
+        self._delta = violation if self._delta is None else torch.maximum(self._delta, violation)
+
+    # ---- the pass -----------------------------------------------------------------------------
+
+    def propagate(self, start: Tensor, batch: int, measure_delta: bool) -> Result:
+        """Carries relevance from the output to the values asked for.
+
+        Args:
+            start: Relevance at the output.
+            batch: Number of samples.
+            measure_delta: Whether to measure the violation of the local law.
+        """
+        self.batch = batch
+        self.measures_delta = measure_delta
+        plan = self.program.plan
+        arrived: dict[Node, list[Relevance]] = {self.program.graph.output: [Relevance(start)]}
+        wanted: dict[Node, list[Relevance]] = {}
+        for i in reversed(range(len(plan.steps))):
+            step = plan.steps[i]
+            terms = arrived.pop(step.output, None)
+            if terms is not None:
+                if self.is_tapped(step.output):
+                    wanted[step.output] = terms
+                for node, parts in zip(step.carriers, step.propagate(self, terms), strict=True):
+                    arrived.setdefault(node, []).extend(parts)
+            for node in self.program.finished[i]:
+                self._values.pop(node, None)
+        wanted.update(self._taps)
+        for node in self.program.wanted:
+            if node in arrived:
+                wanted[node] = arrived[node]
+        relevance = {node: self._total(node, wanted.get(node)) for node in self.program.wanted}
+        return Result(relevance, self._final_delta(start), self.output)
+
+    def _total(self, node: Node, terms: list[Relevance] | None) -> Tensor | None:
+        if not terms:
+            return None
+        layout = self.layout(node)
+        views = [(layout.samples_first(t.values, self.batch), t.factor) for t in terms]
+        values, mass = self.kernels.accumulate(views)
+        self._masses.append(mass)
+        return layout.restore(values, self.like(node).shape)
+
+    def _final_delta(self, start: Tensor) -> Tensor | None:
+        if not self.measures_delta:
+            return None
+        if self._delta is None:
+            return torch.zeros(self.batch, dtype=torch.float64, device=start.device)
+        return self._delta
+
+    def is_finite(self) -> bool:
+        """Whether every value that relevance met was finite; known by the masses."""
+        checks = [mass.double().sum() for mass in self._masses] + [self.output.detach().sum().double()]
+        return bool(torch.stack(checks).isfinite().all())
+
+
+def _appender(args: list[Any]) -> Any:
+    return lambda _name, value: args.append(value)
+
+
+def find_non_finite(program: Program, values: dict[Node, Any]) -> NonFiniteError:
+    """Runs the forward once more, looking at every value, to name the first that is not finite."""
+    values = dict(values)
+    resolve = Run._resolve
+    probe = object.__new__(Run)
+    probe._values = values
+    for node in program.calls:
+        value = node.target(*resolve(probe, node.args), **resolve(probe, node.kwargs))  # type: ignore[operator]
+        values[node] = value
+        used = node in program.plan.kept or node is program.graph.output
+        if node.target is operator.getitem or not isinstance(value, Tensor):
+            continue
+        if value.is_floating_point() and node in program.measured and not value.isfinite().all():
+            kind = "NaN" if value.isnan().any() else "infinite values"
+            if used or value.isnan().any() or _spreads(node, program):
+                return NonFiniteError(
+                    f"The model produces {kind} at {node.target} in {place_of(node)}; an explanation "
+                    "needs finite values. Check the weights and the scale of the inputs, or use a "
+                    "wider dtype (float32, bfloat16)."
+                )
+    return NonFiniteError(
+        "Relevance overflowed although every value of the model is finite: the weights are too "
+        "large for this dtype. Use float64 (model.double(), inputs.double())."
+    )
+
+
+def _spreads(node: Node, program: Program) -> bool:
+    """Whether the value is on the way of relevance rather than in a gate."""
+    return any(node is step.output or node in step.carriers for step in program.plan.steps)

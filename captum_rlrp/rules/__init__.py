@@ -1,0 +1,139 @@
+"""One table from op to rule. ``docs/adding-a-rule.md`` tells how to extend it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .attention import MatrixProduct, ScaledDotProductAttention
+from .base import Call, LinearRule, Relevance, Rule
+from .choice import Extremum, Maximum, Where
+from .convolution import Convolution
+from .dense import Dense, Matmul
+from .join import Join
+from .normalization import BatchNorm
+from .passthrough import InstanceNorm, PassThrough
+from .pooling import AdaptiveAvgPool, AvgPool, MaxPool, Reduction
+from .product import GatedLinearUnit, Product, Scale
+from .shape import Copy, Dropout, Interpolate, Linear, Move, Pad, Reshape
+from .skip import Sum
+
+__all__ = ["Call", "LinearRule", "Relevance", "Rule", "find_rule", "register_rule", "reshapes"]
+
+_TABLE: dict[str, Rule] = {}
+
+
+def _add(rule: Rule, names: str) -> None:
+    _TABLE.update(dict.fromkeys(names.split(), rule))
+
+
+# §2 linear maps
+_add(Dense(), "linear")
+_add(Matmul(), "matmul mm bmm mv dot einsum")
+_add(Matmul("self"), "addmm baddbmm addmv")
+_add(Convolution(), "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution")
+_add(BatchNorm(), "batch_norm _native_batch_norm_legit_no_training native_batch_norm cudnn_batch_norm")
+for _n in (1, 2, 3):
+    _add(AvgPool(_n), f"avg_pool{_n}d")
+    _add(AdaptiveAvgPool(_n), f"adaptive_avg_pool{_n}d _adaptive_avg_pool{_n}d")
+    _add(MaxPool(_n), f"max_pool{_n}d max_pool{_n}d_with_indices")
+    _add(MaxPool(_n, adaptive=True), f"adaptive_max_pool{_n}d")
+_add(Reduction(), "mean sum")
+_add(Linear(), "cumsum col2im fold trapezoid diff")
+_add(
+    Interpolate(nearest=False),
+    "upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d "
+    "_upsample_bilinear2d_aa _upsample_bicubic2d_aa",
+)
+_add(
+    Interpolate(nearest=True),
+    "upsample_nearest1d upsample_nearest2d upsample_nearest3d "
+    "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d",
+)
+
+# §2, §6 shape ops: relevance follows the elements
+_add(Reshape(), "view reshape flatten unflatten squeeze unsqueeze _unsafe_view view_as reshape_as")
+_add(
+    Move(),
+    "permute transpose t movedim moveaxis swapaxes swapdims numpy_T adjoint mT "
+    "slice select narrow index_select index gather take take_along_dim expand expand_as broadcast_to "
+    "repeat tile repeat_interleave flip fliplr flipud rot90 roll unfold pixel_shuffle "
+    "pixel_unshuffle channel_shuffle native_channel_shuffle tril triu diagonal as_strided "
+    "permute_copy transpose_copy slice_copy select_copy expand_copy t_copy",
+)
+_add(Copy(), "clone contiguous to _to_copy alias detach lift_fresh lift_fresh_copy type_as "
+     "alias_copy view_copy positive real _to_dense feature_dropout_identity")
+_add(Dropout(), "dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout")
+_add(Pad(), "pad constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d "
+     "replication_pad1d replication_pad2d replication_pad3d im2col")
+
+# §3 pass-through
+_add(
+    PassThrough("self"),
+    "relu relu6 leaky_relu elu celu selu gelu silu mish sigmoid tanh hardswish hardsigmoid hardtanh "
+    "softplus softshrink hardshrink tanhshrink threshold rrelu log_sigmoid prelu _prelu_kernel clamp "
+    "clamp_min clamp_max softmax log_softmax _softmax _log_softmax _safe_softmax exp exp2 expm1 log "
+    "log2 log10 log1p sqrt rsqrt square pow abs sin cos tan asin acos atan sinh cosh asinh acosh "
+    "atanh erf erfc reciprocal sign floor ceil round trunc frac logit sigmoid_ softmin softsign "
+    "nan_to_num sinc float_power",
+)
+_add(PassThrough("input"), "layer_norm native_layer_norm group_norm native_group_norm rms_norm "
+     "_fused_rms_norm")
+_add(InstanceNorm(), "instance_norm")
+
+# §4 sums, §6 products
+_add(Sum(), "add sub subtract rsub")
+_add(Product(), "mul multiply div divide true_divide")
+_add(Scale(), "neg negative")
+_add(GatedLinearUnit(), "glu")
+
+# §5 choices
+_add(Extremum(largest=True), "amax max")
+_add(Extremum(largest=False), "amin min")
+_add(Maximum(1), "maximum fmax")
+_add(Maximum(-1), "minimum fmin")
+_add(Where(), "where masked_fill")
+
+# §6 the rest
+_add(Join(stacks=False), "cat concat concatenate")
+_add(Join(stacks=True), "stack")
+_add(ScaledDotProductAttention(), "scaled_dot_product_attention")
+
+_CUSTOM: dict[Any, Rule] = {}
+
+
+def register_rule(op: Any, rule: Rule) -> None:
+    """Gives an op of one's own a rule; see ``docs/adding-a-rule.md``.
+
+    Args:
+        op: An operator as the captured graph calls it: ``torch.ops.mylib.myop`` (every overload),
+            one overload of it, or what ``torch.library.custom_op`` returned.
+        rule: The rule; a later registration replaces an earlier one.
+
+    Raises:
+        TypeError: If `op` is no registered operator or `rule` is no :class:`Rule`.
+    """
+    op = getattr(op, "_opoverload", op)
+    if not isinstance(op, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        raise TypeError(
+            f"register_rule needs an operator such as torch.ops.mylib.myop, not {type(op).__name__}."
+        )
+    if not isinstance(rule, Rule):
+        raise TypeError(f"register_rule needs an instance of Rule, not {rule!r}.")
+    _CUSTOM[op] = rule
+
+
+def find_rule(call: Call) -> Rule | None:
+    """The rule for a call, or None."""
+    packet = getattr(call.target, "overloadpacket", None)
+    rule = _CUSTOM.get(call.target) or _CUSTOM.get(packet)
+    if rule is None and getattr(call.target, "namespace", "") == "aten":
+        rule = _TABLE.get(packet.__name__)
+    return rule.select(call) if rule is not None else None
+
+
+def reshapes(target: Any) -> bool:
+    """Whether the op keeps the order of the elements (``view`` and its kin)."""
+    packet = getattr(target, "overloadpacket", None)
+    return packet is not None and isinstance(_TABLE.get(packet.__name__), Reshape)

@@ -1,0 +1,39 @@
+"""``cat`` and ``stack`` (method.md §6): relevance follows the elements."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch.fx import Node
+
+from .base import Call, Relevance, Rule
+
+if TYPE_CHECKING:
+    from ..program import Run
+
+
+class Join(Rule):
+    """Each operand takes its part of the relevance; a constant's part is not passed on."""
+
+    def __init__(self, stacks: bool) -> None:
+        self.stacks = stacks
+
+    def propagate(self, run: Run, call: Call, terms: list[Relevance]) -> list[list[Relevance]]:
+        dim = call.args["dim"] % len(run.like(call.node).shape)
+        parts: list[list[Relevance]] = []
+        start = 0
+        for operand in call.args["tensors"]:
+            size = 1 if self.stacks else run.like(operand).shape[dim]
+            if operand in call.active:
+                part = [t.values.narrow(dim, start, size) for t in terms]
+                parts.append(
+                    [
+                        Relevance(p.squeeze(dim) if self.stacks else p, t.factor)
+                        for p, t in zip(part, terms, strict=True)
+                    ]
+                )
+            start += size
+        return parts
+
+    def carriers(self, call: Call) -> tuple[Node, ...]:
+        return tuple(operand for operand in call.args["tensors"] if operand in call.active)

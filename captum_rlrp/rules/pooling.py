@@ -1,0 +1,123 @@
+"""Average pooling, a linear map (method.md §2), and max pooling, a choice (§5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.fx import Node
+
+from .base import Call, LinearRule, Relevance, Rule
+
+if TYPE_CHECKING:
+    from ..program import Run
+
+
+def per_axis(value: Any, axes: int) -> list[int]:
+    """One number per pooled axis."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values * axes if len(values) == 1 else values
+
+
+class Pooling:
+    """What the pools share: the number of pooled axes, and inputs without a batch dimension."""
+
+    def __init__(self, axes: int) -> None:
+        self.axes = axes
+
+    def batched(self, shape: Any) -> bool:
+        return len(shape) == self.axes + 2
+
+    def window(self, call: Call) -> tuple[list[int], list[int], list[int]]:
+        """Kernel, stride and padding per axis."""
+        kernel = per_axis(call.args["kernel_size"], self.axes)
+        stride = per_axis(call.args["stride"], self.axes) if call.args["stride"] else kernel
+        return kernel, stride, per_axis(call.args["padding"], self.axes)
+
+
+class AvgPool(Pooling, LinearRule):
+    """Average pooling: Jᵀ spreads each output evenly over its window."""
+
+    def transpose(self, run: Run, call: Call, g: Tensor) -> Tensor:
+        shape = list(run.like(self.operand(call)).shape)
+        whole = self.batched(shape)
+        result: Tensor = run.kernels.avg_pool(
+            g if whole else g.unsqueeze(0),
+            shape if whole else [1, *shape],
+            *self.window(call),
+            call.args["ceil_mode"],
+            call.args["count_include_pad"],
+            call.args.get("divisor_override"),
+        )
+        return result if whole else result.squeeze(0)
+
+    def one_to_one(self, call: Call) -> bool:
+        kernel, _, padding = self.window(call)
+        return all(k == 1 for k in kernel) and not any(padding)
+
+    def route(self, run: Run, call: Call, r: Tensor) -> Tensor:
+        divisor = call.args.get("divisor_override") or 1
+        return self.transpose(run, call, r) * divisor
+
+
+class AdaptiveAvgPool(Pooling, LinearRule):
+    """Adaptive average pooling, global pooling among it."""
+
+    def transpose(self, run: Run, call: Call, g: Tensor) -> Tensor:
+        shape = list(run.like(self.operand(call)).shape)
+        whole = self.batched(shape)
+        if shape[-self.axes :] == list(g.shape[-self.axes :]):
+            return g
+        result: Tensor = run.kernels.adaptive_avg_pool(
+            g if whole else g.unsqueeze(0), shape if whole else [1, *shape]
+        )
+        return result if whole else result.squeeze(0)
+
+    def one_to_one(self, call: Call) -> bool:
+        shape = call.shape(self.operand(call))
+        return list(shape[-self.axes :]) == list(call.shape(call.node)[-self.axes :])
+
+
+class Reduction(LinearRule):
+    """``mean`` and ``sum`` over axes."""
+
+    def one_to_one(self, call: Call) -> bool:
+        shape = call.shape(self.operand(call))
+        dims = call.args.get("dim")
+        dims = range(len(shape)) if not dims else dims
+        return all(shape[d] == 1 for d in ([dims] if isinstance(dims, int) else dims))
+
+
+class MaxPool(Pooling, Rule):
+    """The whole relevance of an output goes to the element that was its maximum.
+
+    Args:
+        axes: Number of pooled axes.
+        adaptive: The op is given the output's size in place of a window.
+    """
+
+    def __init__(self, axes: int, adaptive: bool = False) -> None:
+        super().__init__(axes)
+        self.adaptive = adaptive
+
+    def needs(self, call: Call) -> tuple[Node, ...]:
+        return call.active
+
+    def propagate(self, run: Run, call: Call, terms: list[Relevance]) -> list[list[Relevance]]:
+        x = run.value(call.active[0])
+        whole = self.batched(x.shape)
+        if not whole:
+            x = x.unsqueeze(0)
+        back: Callable[[Tensor], Tensor]
+        if self.adaptive:
+            size = per_axis(call.args["output_size"], self.axes)
+            back = lambda r: run.kernels.adaptive_max_pool(x, r, size)  # noqa: E731
+        else:
+            dilation = per_axis(call.args["dilation"], self.axes)
+            arguments = (*self.window(call), dilation, call.args["ceil_mode"])
+            back = lambda r: run.kernels.max_pool(x, r, *arguments)  # noqa: E731
+        merged = run.merge(call.node, terms)
+        r = back(merged.values if whole else merged.values.unsqueeze(0))
+        # Signs may differ where windows overlap, so the mass is only known where they do not.
+        return [[Relevance(r if whole else r.squeeze(0), merged.factor)]]

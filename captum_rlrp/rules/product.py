@@ -1,0 +1,74 @@
+"""Products of activations, gates (method.md §6), and multiplying by a constant (§3)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .base import Call, LinearRule, Relevance, Rule, sum_to
+from .passthrough import PassThrough
+
+if TYPE_CHECKING:
+    from ..program import Run
+
+_EXPANSIONS = {torch.ops.aten.expand, torch.ops.aten.expand_as, torch.ops.aten.broadcast_to}
+
+
+class Product(Rule):
+    """y = a·b, and a/b as a·(1/b): a broadcast operand is a gate, equal ones take r/2 each."""
+
+    def select(self, call: Call) -> Rule | None:
+        if len(call.active) == 2:
+            return self
+        if call.is_active("self"):
+            return Scale()
+        divides = call.target.overloadpacket in (torch.ops.aten.div, torch.ops.aten.true_divide)
+        return PassThrough("other") if divides else Scale()
+
+    def carriers(self, call: Call) -> tuple[Node, ...]:
+        full = [_own_shape(node) == tuple(call.shape(call.node)) for node in call.active]
+        if full[0] == full[1]:
+            return call.active
+        return (call.active[0 if full[0] else 1],)
+
+    def propagate(self, run: Run, call: Call, terms: list[Relevance]) -> list[list[Relevance]]:
+        carriers = self.carriers(call)
+        if len(carriers) == 1:
+            return [terms]
+        half = [Relevance(t.values * 0.5, t.factor) for t in terms]
+        return [
+            [Relevance(sum_to(t.values, run.like(node).shape), t.factor) for t in half]
+            for node in carriers
+        ]
+
+
+def _own_shape(node: Node) -> tuple[object, ...]:
+    """The operand's shape before it was expanded to fit."""
+    while getattr(node.target, "overloadpacket", None) in _EXPANSIONS:
+        node = node.args[0]  # type: ignore[assignment]
+    return tuple(node.meta["val"].shape)
+
+
+class Scale(LinearRule):
+    """A value multiplied or divided by a constant, or negated."""
+
+    def transpose(self, run: Run, call: Call, g: Tensor) -> Tensor:
+        operand = self.operand(call)
+        return sum_to(run.evaluate(call, {operand: g}, dtype=g.dtype), run.like(operand).shape)
+
+    def one_to_one(self, call: Call) -> bool:
+        return True
+
+    def route(self, run: Run, call: Call, r: Tensor) -> Tensor:
+        return sum_to(r, run.like(self.operand(call)).shape)
+
+
+class GatedLinearUnit(Rule):
+    """``glu``: the product of one half and the sigmoid of the other, so r/2 to each."""
+
+    def propagate(self, run: Run, call: Call, terms: list[Relevance]) -> list[list[Relevance]]:
+        dim = call.args["dim"]
+        return [[Relevance(torch.cat([t.values * 0.5] * 2, dim), t.factor, t.mass) for t in terms]]

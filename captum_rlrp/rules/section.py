@@ -1,0 +1,47 @@
+"""The relative rule of a linear section (method.md §2): the heart of the method.
+
+Let x be the section's input, y = Jx + b its output and r_y the relevance at y. Then
+
+    q   = x ⊙ Jᵀ r_y
+    r_x = q · ‖r_y‖₁ / ‖q‖₁        (0 if ‖q‖₁ = 0)
+
+with ‖·‖₁ over all elements of a sample. No single pre-activation is ever divided by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch.fx import Node
+
+from .base import Call, LinearRule, Relevance
+
+if TYPE_CHECKING:
+    from ..program import Run
+
+Links = Sequence[tuple[LinearRule, Call]]
+
+
+def relative(run: Run, start: Node, links: Links, r: Relevance) -> Relevance:
+    """Relevance at the section's start from the relevance at its end.
+
+    Args:
+        run: The run the values belong to.
+        start: The section's input.
+        links: Its linear maps, first to last.
+        r: Relevance at the end, one term with its mass.
+    """
+    g = r.values
+    for rule, call in reversed(links):
+        g = rule.transpose(run, call, g)
+        here = rule.operand(call)
+        if here is not start and run.is_tapped(here):
+            run.tap(here, [run.carry(here, g, r)])
+    result = run.carry(start, g, r)
+    if run.measures_delta:
+        y = run.value(start).to(r.values.dtype)
+        for rule, call in links:
+            y = rule.linear_part(run, call, y)
+        run.record_delta(start, result, links[-1][1].node, y, r)
+    return result
