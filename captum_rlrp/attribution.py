@@ -133,9 +133,7 @@ class RelativeLRP(_Explainer, Attribution):
         additional_forward_args: object | None = None,
         return_convergence_delta: bool = False,
         verbose: bool = False,
-    ) -> (
-        TensorOrTupleOfTensorsGeneric | tuple[TensorOrTupleOfTensorsGeneric, Tensor]
-    ):
+    ) -> TensorOrTupleOfTensorsGeneric | tuple[TensorOrTupleOfTensorsGeneric, Tensor]:
         r"""
         Args:
 
@@ -323,7 +321,9 @@ class LayerRelativeLRP(_Explainer, LayerAttribution):
         by_node = dict(zip(captured.wanted, explanation.relevance, strict=True))
         results: list[Any] = []
         for group in groups:
-            parts = tuple(_finish(by_node[n], n.meta["val"].dtype)[: None if batch else 0] for n in group)
+            parts = tuple(
+                _finish(by_node[n], n.meta["val"].dtype)[: None if batch else 0] for n in group
+            )
             results.append(parts[0] if len(parts) == 1 else parts)
         if verbose:
             _report(captured)
@@ -410,7 +410,9 @@ def _start(output: Any, target: TargetType, batch: int, model: nn.Module) -> Ten
     """One unit of relevance at the target of each sample (method.md §1)."""
     name = type(model).__name__
     if not output.is_floating_point():
-        raise InputError(f"{name} returns {output.dtype}; an explanation needs floating-point scores.")
+        raise InputError(
+            f"{name} returns {output.dtype}; an explanation needs floating-point scores."
+        )
     dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
     start = torch.zeros(output.shape, dtype=dtype, device=output.device)
     shape = tuple(output.shape)
@@ -444,14 +446,17 @@ def _choose(positions: Tensor, target: Any, shape: tuple[int, ...], name: str) -
     message = f"target {_short(target)} does not fit {name}'s output of shape {shape}"
     if isinstance(target, Tensor) and target.is_floating_point():
         raise InputError(f"{message}: it must hold integers, not {target.dtype}.")
-    if isinstance(target, Tensor) and target.numel() > 1 and target.dim() == 2 and 1 in target.shape:
+    if (
+        isinstance(target, Tensor)
+        and target.numel() > 1
+        and target.dim() == 2
+        and 1 in target.shape
+    ):
         target = target.reshape(-1)
     if isinstance(target, (list, tuple)) or (isinstance(target, Tensor) and target.numel() > 1):
         length = len(target)
         if not isinstance(target, tuple) and length != shape[0]:
-            raise InputError(
-                f"{message}: it has {length} entries for a batch of {shape[0]}."
-            )
+            raise InputError(f"{message}: it has {length} entries for a batch of {shape[0]}.")
     if isinstance(target, Tensor):
         target = target.to(positions.device)
     numbers = _numbers(target)

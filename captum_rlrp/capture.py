@@ -6,10 +6,13 @@ relies on: no in-place calls, no sub-graphs, no tuple of slices, recurrent layer
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import logging
 import operator
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -154,7 +157,9 @@ def capture(model: nn.Module, args: Sequence[Any], batch_size: int | None) -> Ca
         return _normalise(program, model)
 
 
-def _example(args: Sequence[Any], batch_size: int | None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _example(
+    args: Sequence[Any], batch_size: int | None
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Arguments to trace with, and which of their dimensions is dynamic.
 
     Export takes a size of 0 or 1 for a constant, so it never sees one as the batch.
@@ -181,26 +186,25 @@ def _example(args: Sequence[Any], batch_size: int | None) -> tuple[tuple[Any, ..
 
 def _is_variadic(model: nn.Module) -> bool:
     """Whether forward takes ``*args``: export then wants the shapes nested once more."""
-    import inspect
-
     parameters = list(inspect.signature(model.forward).parameters.values())
     return bool(parameters) and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL
 
 
-def _quiet() -> Any:
-    """Export warns of its own working (unused constants, flattened weights): not the user's."""
-    context = warnings.catch_warnings()
-    context.__enter__()
-    warnings.simplefilter("ignore")
-
-    class _Quiet:
-        def __enter__(self) -> None:
-            pass
-
-        def __exit__(self, *exc: object) -> None:
-            context.__exit__(None, None, None)
-
-    return _Quiet()
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Export warns of its own working and logs what it raises anyway: not the user's concern."""
+    loggers = [logging.getLogger(name) for name in ("torch._subclasses", "torch.export", "torch._export")]
+    loggers += [logging.getLogger("torch._subclasses.fake_tensor"), logging.getLogger("torch.fx")]
+    disabled = [logger.disabled for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.disabled = True
+        try:
+            yield
+        finally:
+            for logger, was in zip(loggers, disabled, strict=True):
+                logger.disabled = was
 
 
 def _explain(error: Exception, model: nn.Module) -> str:
@@ -211,7 +215,9 @@ def _explain(error: Exception, model: nn.Module) -> str:
             "its forward branches or indexes on the values of a tensor, so it is no static graph; "
             "replace the branch by torch.where or move it out of forward"
         )
-    elif isinstance(error, (TypeError, RuntimeError)) and "missing" in lower and "argument" in lower:
+    elif (
+        isinstance(error, (TypeError, RuntimeError)) and "missing" in lower and "argument" in lower
+    ):
         cause = "its forward wants other arguments; pass them by additional_forward_args"
     elif "pytree" in lower or "unsupported type" in lower or "unsupported input type" in lower:
         cause = "an argument is of a type that export does not know; pass tensors, numbers or None"
@@ -304,11 +310,17 @@ def _only_tensor(graph: Graph, program: Any, model: nn.Module) -> Node:
 def _reachable(graph: Graph, output: Node) -> Iterator[Node]:
     seen = {output}
     stack = [output]
+    root = _alias_roots(graph)
+    writes: dict[Node, list[Node]] = {}
+    for node in graph.nodes:
+        if _mutates(node):
+            writes.setdefault(root[node], []).append(node)
     while stack:
-        for node in stack.pop().all_input_nodes:
-            if node not in seen:
-                seen.add(node)
-                stack.append(node)
+        node = stack.pop()
+        for source in (*node.all_input_nodes, *writes.get(root[node], ())):
+            if source not in seen:
+                seen.add(source)
+                stack.append(source)
     return (node for node in graph.nodes if node in seen)
 
 
@@ -329,9 +341,7 @@ def _inline_subgraphs(graph: Graph, module: Any) -> None:
             continue
         if node.target.name() not in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
             continue
-        attribute = next(
-            a for a in node.args if isinstance(a, Node) and a.op == "get_attr"
-        )
+        attribute = next(a for a in node.args if isinstance(a, Node) and a.op == "get_attr")
         inner = operator.attrgetter(attribute.target)(module)
         _inline_subgraphs(inner.graph, inner)
         operands = node.args[node.args.index(attribute) + 1 :]
@@ -349,6 +359,33 @@ def _inline_subgraphs(graph: Graph, module: Any) -> None:
         if node.users:
             node.replace_all_uses_with(results[0])
         graph.erase_node(node)
+
+
+_READ_SIZES_ONLY = {
+    aten.sym_size, aten.sym_stride, aten.sym_numel, aten.new_zeros, aten.new_ones, aten.new_full,
+    aten.new_empty, aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like,
+    aten.rand_like, aten.randn_like, aten.fill,
+}  # fmt: skip
+
+
+def reads_values(node: Node) -> bool:
+    """Whether a call's result depends on its operands' values, not on their sizes alone."""
+    return getattr(node.target, "overloadpacket", None) not in _READ_SIZES_ONLY
+
+
+def is_floating(node: Node) -> bool:
+    """Whether a node's value is a floating-point tensor."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def dependents(nodes: Iterable[Node], sources: Iterable[Node]) -> set[Node]:
+    """The nodes whose values depend on those of the sources, these among them."""
+    depends = set(sources)
+    for node in nodes:
+        if reads_values(node) and any(n in depends for n in node.all_input_nodes):
+            depends.add(node)
+    return depends
 
 
 def _mutates(node: Node) -> bool:
@@ -370,67 +407,71 @@ def _alias_roots(graph: Graph) -> dict[Node, Node]:
     root: dict[Node, Node] = {}
     for node in graph.nodes:
         target = node.target
-        shares = isinstance(target, torch._ops.OpOverload) and (
-            target.is_view or target._schema.is_mutable or target is aten.dropout.default
+        shares = target is operator.getitem or (
+            isinstance(target, torch._ops.OpOverload)
+            and (target.is_view or target._schema.is_mutable or target is aten.dropout.default)
         )
         source = node.args[0] if node.args and isinstance(node.args[0], Node) else None
-        if (shares or target is operator.getitem) and source is not None:
-            root[node] = root.get(source, source)
-        else:
-            root[node] = node
+        root[node] = root[source] if shares and source is not None else node
     return root
+
+
+def _writes(graph: Graph) -> Iterator[tuple[Node, bool]]:
+    """The in-place calls, each with whether it writes to a constant that the forward made.
+
+    Such a constant (an attention mask filled slice by slice) is new at every run, so writing to it
+    is harmless; all other writes are made functional.
+    """
+    root = _alias_roots(graph)
+    # Placeholders count, parameters among them: nothing of the user's may be written to.
+    depends = dependents(graph.nodes, [n for n in graph.nodes if n.op != "call_function"])
+    # A write of something that depends makes the whole storage depend.
+    for node in graph.nodes:
+        if _mutates(node) and node in depends and isinstance(node.args[0], Node):
+            depends.add(root[node.args[0]])
+    for node in graph.nodes:
+        if _mutates(node):
+            written = node.args[0] if node.args else None
+            base = root.get(written) if isinstance(written, Node) else None
+            yield node, base is not None and base not in depends
 
 
 def _has_aliased_write(graph: Graph) -> bool:
     """Whether an in-place call changes a value that is later read under another name."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     root = _alias_roots(graph)
-    for node in graph.nodes:
-        if not _mutates(node):
+    for node, harmless in _writes(graph):
+        if harmless:
             continue
         written = node.args[0] if node.args else None
         if not isinstance(written, Node) or _functional_twin(node.target) is None:
             return True
-        # Reading `written` itself later is fine (the result stands in for it); a view is not.
-        chain = {written, node}
+        # Later readings of `written` get the result instead, and so do those of the results of
+        # earlier writes to it. Any other name of the storage that is read later is an alias.
+        names = {written, node}
+        while _mutates(written) and isinstance(written.args[0], Node):
+            written = written.args[0]
+            names.add(written)
         for other in graph.nodes:
-            if root[other] is not root[written] or other in chain:
-                continue
-            if _mutates(other) and order[other] > order[node]:
-                continue
             made_before = order[other] < order[node]
-            read_after = any(order[user] > order[node] for user in other.users)
-            if made_before and read_after and not _written_through(other, node, root):
-                return True
-    return False
-
-
-def _written_through(other: Node, write: Node, root: dict[Node, Node]) -> bool:
-    """`other` is an earlier in-place result on the very value that `write` changes."""
-    value: Any = write.args[0]
-    while isinstance(value, Node):
-        if value is other:
-            return True
-        if not _mutates(value):
-            return False
-        value = value.args[0]
+            if made_before and other not in names and root[other] is root[node]:
+                if any(order[user] > order[node] for user in other.users):
+                    return True
     return False
 
 
 def _make_functional(graph: Graph) -> None:
-    for node in list(graph.nodes):
-        if not _mutates(node):
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node, harmless in list(_writes(graph)):
+        twin = _functional_twin(node.target)
+        if harmless or twin is None:
             continue
-        written, twin = node.args[0], _functional_twin(node.target)
-        if twin is None or not isinstance(written, Node):
-            continue
-        order = {n: i for i, n in enumerate(graph.nodes)}
+        written = node.args[0]
+        assert isinstance(written, Node)
         node.target = twin
-        value: Any = written
         written.replace_all_uses_with(
-            node, delete_user_cb=lambda user, at=order[node], o=order: o[user] > at
+            node, delete_user_cb=lambda user, at=order[node]: order[user] > at  # type: ignore[misc]
         )
-        del value
 
 
 def _open_slices(graph: Graph) -> None:
@@ -449,7 +490,9 @@ def _open_slices(graph: Graph) -> None:
         dim = _slice_dim(node, packet)
         starts = [0]
         for part in parts:
-            starts.append(starts[-1] + (1 if part.dim() < source.meta["val"].dim() else part.shape[dim]))
+            starts.append(
+                starts[-1] + (1 if part.dim() < source.meta["val"].dim() else part.shape[dim])
+            )
         if not all(isinstance(start, int) for start in starts):
             continue  # along the batch: left as it is, and refused later
         for user in list(node.users):

@@ -93,10 +93,14 @@ class Engine:
         outputs = [self._forward(captured, single) for single in singles]
         starts = start(torch.cat(outputs))
         parts = [
-            self._run(captured, single, len(inputs), 1, lambda _, i=i: starts[i : i + 1], measure_delta)  # type: ignore[misc]
+            self._run(
+                captured, single, len(inputs), 1, lambda _, i=i: starts[i : i + 1], measure_delta
+            )  # type: ignore[misc]
             for i, single in enumerate(singles)
         ]
-        relevance = [torch.cat(values) for values in zip(*(p.relevance for p in parts), strict=True)]
+        relevance = [
+            torch.cat(values) for values in zip(*(p.relevance for p in parts), strict=True)
+        ]
         deltas = [part.delta for part in parts if part.delta is not None]
         return Explanation(relevance, torch.cat(deltas) if deltas else None)
 
@@ -153,12 +157,25 @@ class Engine:
         try:
             return capture(self.model, _sample(args, 0, batch), None)
         except CaptureError as second:
+            self._check_runs(args)
             if error is not None:
                 raise error from None
             raise CaptureError(
                 f"{type(self.model).__name__} runs for a batch of {batch} only (its forward fixes "
                 f"the batch size, in a reshape perhaps): {second}"
             ) from second
+
+    def _check_runs(self, args: Sequence[Any]) -> None:
+        """Where the model itself fails on the arguments, that is the error to show."""
+        try:
+            with torch.no_grad():
+                self.model(*args)
+        except Exception as error:
+            shapes = ", ".join(str(tuple(a.shape)) for a in args if isinstance(a, Tensor))
+            raise InputError(
+                f"{type(self.model).__name__} fails on these arguments (tensors of shape {shapes}), "
+                f"with or without an explanation: {type(error).__name__}: {error}"
+            ) from error
 
     def _still_fits(self, captured: Captured) -> bool:
         try:

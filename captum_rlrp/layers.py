@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Node
 
-from .capture import CapturedGraph
+from .capture import CapturedGraph, dependents, is_floating, reads_values
 from .errors import InputError
 
 
@@ -18,9 +17,7 @@ def module_names(model: nn.Module, module: nn.Module) -> list[str]:
     Raises:
         InputError: If it is not part of the model.
     """
-    names = [
-        name for name, found in model.named_modules(remove_duplicate=False) if found is module
-    ]
+    names = [name for name, found in model.named_modules(remove_duplicate=False) if found is module]
     if not names:
         raise InputError(
             f"The layer {type(module).__name__} is not a module of the model: pass a module object "
@@ -45,16 +42,9 @@ def _calls(graph: CapturedGraph, names: Sequence[str]) -> list[list[Node]]:
 
 def _carries(node: Node) -> bool:
     value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.is_floating_point() and node.meta.get("depends", True)
-
-
-def mark_dependence(graph: CapturedGraph, explained: Sequence[Node]) -> None:
-    """Notes at each node whether it depends on the explained inputs."""
-    depends = set(explained)
-    for node in graph.nodes:
-        if any(source in depends for source in node.all_input_nodes):
-            depends.add(node)
-        node.meta["depends"] = node in depends
+    return (
+        isinstance(value, Tensor) and value.is_floating_point() and node.meta.get("depends", True)
+    )
 
 
 def layer_calls(
@@ -65,7 +55,8 @@ def layer_calls(
     Raises:
         InputError: If the module is not called, or has no operation of its own.
     """
-    mark_dependence(graph, explained)
+    depends = dependents(graph.nodes, explained)
+    reachable = set(graph.nodes)
     found: list[Node] = []
     for nodes in _calls(graph, names):
         inside = set(nodes)
@@ -75,9 +66,10 @@ def layer_calls(
             values = [
                 n
                 for n in nodes
-                if n is graph.output or any(u not in inside and _reads(u, graph) for u in n.users)
+                if n is graph.output
+                or any(u in reachable and u not in inside and reads_values(u) for u in n.users)
             ]
-        found += [n for n in dict.fromkeys(values) if _carries(n)]
+        found += [n for n in dict.fromkeys(values) if n in depends and is_floating(n)]
     if not found:
         where = "reads" if of_inputs else "computes"
         raise InputError(
@@ -86,11 +78,6 @@ def layer_calls(
             "behind it."
         )
     return found
-
-
-def _reads(user: Node, graph: CapturedGraph) -> bool:
-    packet = getattr(user.target, "overloadpacket", None)
-    return user in set(graph.nodes) and packet is not torch.ops.aten.sym_size
 
 
 def leaf_calls(

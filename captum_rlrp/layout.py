@@ -75,8 +75,8 @@ def infer(
     if len(carrying) != 1:
         return None
     (dim,) = carrying
-    per_batch = sympy.simplify(expressions[dim] / batch)
-    if not per_batch.is_Integer:
+    per_batch = expressions[dim].coeff(batch)
+    if not per_batch.is_Integer or expressions[dim] != per_batch * batch:
         return None
     if per_batch == 1:
         return Layout(dim, 1)

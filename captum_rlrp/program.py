@@ -159,7 +159,13 @@ class Run:
 
         def fill(argument: Any) -> Any:
             if isinstance(argument, Node):
-                value = values[argument] if argument in values else self._values[argument]
+                if argument in values:
+                    value = values[argument]
+                elif argument in self._values:
+                    value = self._values[argument]
+                else:  # an active operand the adjoint does not depend on: its shape will do
+                    like = self._likes[argument]
+                    value = torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)
                 if isinstance(value, Tensor) and value.is_floating_point() and dtype is not None:
                     value = value.to(dtype)
                     return value.clone() if value.is_inference() else value
@@ -298,7 +304,9 @@ class Run:
 
     def is_finite(self) -> bool:
         """Whether every value that relevance met was finite; known by the masses."""
-        checks = [mass.double().sum() for mass in self._masses] + [self.output.detach().sum().double()]
+        checks = [mass.double().sum() for mass in self._masses] + [
+            self.output.detach().sum().double()
+        ]
         return bool(torch.stack(checks).isfinite().all())
 
 

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
-from .capture import CapturedGraph, bind, place_of
+from .capture import CapturedGraph, bind, dependents, is_floating, place_of, reads_values
 from .errors import CaptureError, UnsupportedOperationError
 from .layout import WHOLE, Layout, infer
 from .rules import Call, LinearRule, Relevance, Rule, find_rule, reshapes
@@ -137,34 +136,32 @@ def plan(graph: CapturedGraph, explained: Sequence[Node], taps: Collection[Node]
     return Plan(tuple(steps), layouts, roots, kept)
 
 
-def _is_floating(node: Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
 def _active(graph: CapturedGraph, explained: Collection[Node]) -> set[Node]:
     """The floating-point values that depend on the explained inputs.
 
     An embedding of integer inputs is such a value, though no gradient would reach the integers.
     """
-    depends: set[Node] = set(explained)
+    depends = dependents(graph.nodes, explained)
     for node in graph.nodes:
-        if any(source in depends for source in node.all_input_nodes):
-            depends.add(node)
         node.meta["depends"] = node in depends
-    # Sizes of tensors depend on the batch, never on values.
-    return {node for node in depends if _is_floating(node)}
+    return {node for node in depends if is_floating(node)}
+
+
+def _source(node: Node) -> Node:
+    """The call behind a node, which may be one item of what the call returns."""
+    source = node.args[0] if node.target is operator.getitem else node
+    assert isinstance(source, Node)
+    return source
 
 
 def _is_root(node: Node, active: Collection[Node]) -> bool:
-    return node.op == "placeholder" or not any(n in active for n in node.all_input_nodes)
+    return node.op == "placeholder" or not any(n in active for n in _source(node).all_input_nodes)
 
 
 def make_call(node: Node, active: Collection[Node]) -> Call:
     """The call that yields a node's value, seen through the choice of its first item."""
-    source, item = node, None
-    if node.target is operator.getitem and isinstance(node.args[0], Node):
-        source, item = node.args[0], node.args[1]
+    source = _source(node)
+    item = None if source is node else int(node.args[1])  # type: ignore[arg-type]
     if isinstance(source.target, torch._ops.OpOverload):
         args = bind(source)
     else:
@@ -205,9 +202,7 @@ def _carrying_calls(graph: CapturedGraph, active: set[Node]) -> dict[Node, tuple
 def _describe(missing: list[Node]) -> str:
     lines = []
     for node in reversed(missing):
-        source = node.args[0] if node.target is operator.getitem else node
-        name = getattr(source, "target", source)
-        lines.append(f"  {name} in {place_of(node)}")
+        lines.append(f"  {_source(node).target} in {place_of(node)}")
     what = "operation has" if len(lines) == 1 else "operations have"
     return (
         f"{len(lines)} {what} no rule, so relevance cannot be propagated through:\n"
@@ -254,28 +249,17 @@ def _infer_layout(
         return WHOLE
     sources = [
         (source.meta["val"].shape, layouts[source])
-        for source in node.all_input_nodes
+        for source in _source(node).all_input_nodes
         if source in layouts
     ]
-    if node.target is operator.getitem and not sources:
-        producer = node.args[0]
-        assert isinstance(producer, Node)
-        sources = [
-            (s.meta["val"].shape, layouts[s]) for s in producer.all_input_nodes if s in layouts
-        ]
     return infer(node.meta["val"].shape, graph.batch, sources, reshapes(node.target))
 
 
 def _steps(graph: CapturedGraph, calls: dict[Node, tuple[Rule, Call]]) -> list[Step]:
-    consumers: Counter[Node] = Counter()
+    consumers: Counter[Node] = Counter([graph.output])
     for node in graph.nodes:
-        if node.target is not operator.getitem:
+        if node.target is not operator.getitem and reads_values(node):
             consumers.update(n for a in (*node.args, *node.kwargs.values()) for n in _flat(a))
-    consumers[graph.output] += 1
-    for node in graph.nodes:
-        # Asking for a size reads no value.
-        if getattr(node.target, "overloadpacket", None) is torch.ops.aten.sym_size:
-            consumers.subtract(node.all_input_nodes)
 
     steps: list[Step] = []
     open_chains: dict[Node, list[tuple[LinearRule, Call]]] = {}

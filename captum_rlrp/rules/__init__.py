@@ -11,7 +11,7 @@ from .base import Call, LinearRule, Relevance, Rule
 from .choice import Extremum, Maximum, Where
 from .convolution import Convolution
 from .dense import Dense, Matmul
-from .join import Join
+from .join import Join, Scatter
 from .normalization import BatchNorm
 from .passthrough import InstanceNorm, PassThrough
 from .pooling import AdaptiveAvgPool, AvgPool, MaxPool, Reduction
@@ -32,8 +32,14 @@ def _add(rule: Rule, names: str) -> None:
 _add(Dense(), "linear")
 _add(Matmul(), "matmul mm bmm mv dot einsum")
 _add(Matmul("self"), "addmm baddbmm addmv")
-_add(Convolution(), "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution")
-_add(BatchNorm(), "batch_norm _native_batch_norm_legit_no_training native_batch_norm cudnn_batch_norm")
+_add(
+    Convolution(),
+    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution",
+)
+_add(
+    BatchNorm(),
+    "batch_norm _native_batch_norm_legit_no_training native_batch_norm cudnn_batch_norm",
+)
 for _n in (1, 2, 3):
     _add(AvgPool(_n), f"avg_pool{_n}d")
     _add(AdaptiveAvgPool(_n), f"adaptive_avg_pool{_n}d _adaptive_avg_pool{_n}d")
@@ -62,11 +68,17 @@ _add(
     "pixel_unshuffle channel_shuffle native_channel_shuffle tril triu diagonal as_strided "
     "permute_copy transpose_copy slice_copy select_copy expand_copy t_copy",
 )
-_add(Copy(), "clone contiguous to _to_copy alias detach lift_fresh lift_fresh_copy type_as "
-     "alias_copy view_copy positive real _to_dense feature_dropout_identity")
+_add(
+    Copy(),
+    "clone contiguous to _to_copy alias detach lift_fresh lift_fresh_copy type_as "
+    "alias_copy view_copy positive real _to_dense feature_dropout_identity",
+)
 _add(Dropout(), "dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout")
-_add(Pad(), "pad constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d "
-     "replication_pad1d replication_pad2d replication_pad3d im2col")
+_add(
+    Pad(),
+    "pad constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d "
+    "replication_pad1d replication_pad2d replication_pad3d im2col",
+)
 
 # §3 pass-through
 _add(
@@ -78,8 +90,10 @@ _add(
     "atanh erf erfc reciprocal sign floor ceil round trunc frac logit sigmoid_ softmin softsign "
     "nan_to_num sinc float_power",
 )
-_add(PassThrough("input"), "layer_norm native_layer_norm group_norm native_group_norm rms_norm "
-     "_fused_rms_norm")
+_add(
+    PassThrough("input"),
+    "layer_norm native_layer_norm group_norm native_group_norm rms_norm _fused_rms_norm",
+)
 _add(InstanceNorm(), "instance_norm")
 
 # §4 sums, §6 products
@@ -98,6 +112,7 @@ _add(Where(), "where masked_fill")
 # §6 the rest
 _add(Join(stacks=False), "cat concat concatenate")
 _add(Join(stacks=True), "stack")
+_add(Scatter(), "slice_scatter select_scatter diagonal_scatter as_strided_scatter fill zero copy")
 _add(ScaledDotProductAttention(), "scaled_dot_product_attention")
 
 _CUSTOM: dict[Any, Rule] = {}

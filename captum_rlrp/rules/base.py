@@ -87,8 +87,8 @@ class Rule:
         """The values that :meth:`propagate` reads: they are kept from the forward."""
         return ()
 
-    def propagate(self, run: Run, call: Call, terms: list[Relevance]) -> list[Relevance]:
-        """Relevance at each carrier, from what arrived at the call's result (to be summed)."""
+    def propagate(self, run: Run, call: Call, terms: list[Relevance]) -> list[list[Relevance]]:
+        """Relevance at each carrier, from the terms that arrived at the result (to be summed)."""
         raise NotImplementedError
 
 
@@ -137,8 +137,8 @@ def adjoint(run: Run, call: Call, operand: Node, g: Tensor) -> Tensor:
             x = torch.zeros(like.shape, dtype=g.dtype, device=g.device)
         x = x.detach().requires_grad_()
         y = run.evaluate(call, {operand: x}, dtype=g.dtype)
-        (result,) = torch.autograd.grad(y, x, _plain(g))
-    return result.detach()
+        (result,) = torch.autograd.grad(y, x, _plain(g), allow_unused=True)
+    return x.detach().new_zeros(x.shape) if result is None else result.detach()
 
 
 def _is_view(call: Call) -> bool:

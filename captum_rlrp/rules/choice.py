@@ -85,7 +85,9 @@ class Where(Rule):
 
     def needs(self, call: Call) -> tuple[Node, ...]:
         return tuple(
-            call.args[name] for name in ("condition", "mask") if isinstance(call.args.get(name), Node)
+            call.args[name]
+            for name in ("condition", "mask")
+            if isinstance(call.args.get(name), Node)
         )
 
     def propagate(self, run: Run, call: Call, terms: list[Relevance]) -> list[list[Relevance]]:

@@ -1,4 +1,4 @@
-"""``cat`` and ``stack`` (method.md §6): relevance follows the elements."""
+"""``cat``, ``stack`` and writes into a part (method.md §6): relevance follows the elements."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch.fx import Node
 
-from .base import Call, Relevance, Rule
+from .base import Call, Relevance, Rule, adjoint
 
 if TYPE_CHECKING:
     from ..program import Run
@@ -37,3 +37,16 @@ class Join(Rule):
 
     def carriers(self, call: Call) -> tuple[Node, ...]:
         return tuple(operand for operand in call.args["tensors"] if operand in call.active)
+
+
+class Scatter(Rule):
+    """A value with a part replaced: what is replaced receives nothing, what replaces it does."""
+
+    def needs(self, call: Call) -> tuple[Node, ...]:
+        return tuple(node for node in call.nodes() if node not in call.active)
+
+    def propagate(self, run: Run, call: Call, terms: list[Relevance]) -> list[list[Relevance]]:
+        return [
+            [Relevance(adjoint(run, call, node, t.values), t.factor) for t in terms]
+            for node in call.active
+        ]

@@ -27,7 +27,9 @@ class Sum(Rule):
         alpha = call.args.get("alpha", 1)
         if alpha != 1:
             # add and sub scale the second operand, rsub the first.
-            a, b = (a * alpha, b) if call.target.overloadpacket.__name__ == "rsub" else (a, b * alpha)
+            a, b = (
+                (a * alpha, b) if call.target.overloadpacket.__name__ == "rsub" else (a, b * alpha)
+            )
         shape = run.like(call.node).shape
         r_a, r_b = run.split(call.node, a.expand(shape), b.expand(shape), terms)
         return [
