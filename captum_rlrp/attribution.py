@@ -46,7 +46,7 @@ class _Explainer:
             )
         self.model = model
         self.backend = backend
-        self._engine = Engine(unwrap(model), get_backend(backend))
+        self._engine = Engine(unwrap(model), get_backend(backend), fuses=backend != "reference")
 
     def has_convergence_delta(self) -> bool:
         """True: the delta is the largest violation of the local law (see ``attribute``)."""

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from captum.attr import visualization
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import RelativeLRP, __version__
+from . import __version__
+from .attribution import RelativeLRP
 from .errors import RelativeLRPError
 from .kernels import show_config
 
@@ -176,7 +177,7 @@ def run_explain(options: argparse.Namespace) -> int:
             attribution, delta = method.attribute(
                 image, target=target, return_convergence_delta=True
             )
-            total, delta = attribution.abs().sum().item(), delta.item()  # waits for the device
+            total, violation = attribution.abs().sum().item(), delta.item()  # waits for the device
             seconds = time.perf_counter() - start
         except UnreadableImageError as error:
             complain(str(error))
@@ -194,7 +195,7 @@ def run_explain(options: argparse.Namespace) -> int:
             logit=logits[target].item(),
             probability=probabilities[target].item(),
             sum_abs_relevance=total,
-            delta=delta,
+            delta=violation,
             seconds=round(seconds, 4),
             predictions=[
                 {
@@ -259,7 +260,7 @@ def read_image(path: Path) -> Any:
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise UnreadableImageError(f"{path} is not an image that Pillow can read") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UnreadableImageError(f"{path} cannot be read: {first_line(error)}") from None
@@ -365,7 +366,7 @@ def load_from_file(arch: str, path: Path) -> nn.Module:
             "transform_input": True,
             "init_weights": False,
         }
-    model = models.get_model(arch, weights=None, num_classes=count, **extras)
+    model: nn.Module = models.get_model(arch, weights=None, num_classes=count, **extras)
     expected = model.state_dict()
     misfit = describe_misfit(expected, state)
     if misfit:

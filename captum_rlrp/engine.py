@@ -18,6 +18,7 @@ from torch.fx import Node
 
 from .capture import CapturedGraph, capture, check_eval_mode, flatten_arguments
 from .errors import CaptureError, InputError, NonFiniteError
+from .fusion import fuse
 from .program import Program, find_non_finite
 from .sections import plan
 
@@ -56,10 +57,12 @@ class Engine:
     Args:
         model: The unwrapped module.
         kernels: The backend.
+        fuses: Whether the forward may fold and fuse; otherwise it runs as captured.
     """
 
-    def __init__(self, model: nn.Module, kernels: ModuleType) -> None:
+    def __init__(self, model: nn.Module, kernels: ModuleType, fuses: bool = True) -> None:
         self.model = model
+        self.fuses = fuses
         self.kernels = kernels
         self._cache: OrderedDict[Hashable, Captured] = OrderedDict()
         self._lock = threading.Lock()
@@ -142,7 +145,10 @@ class Engine:
         nodes = graph.inputs[:explained]
         taps = wanted(graph, nodes) if wanted else list(nodes)
         made = plan(graph, nodes, taps)
-        program = Program(graph, made, self.kernels, taps)
+        instructions = None
+        if self.fuses:
+            made, instructions = fuse(graph, made, taps)
+        program = Program(graph, made, self.kernels, taps, instructions)
         parameters = tuple(
             (name, node, value.shape, value.dtype, value.device)
             for node, name in graph.parameters.items()

@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from .capture import CapturedGraph, place_of
 from .errors import NonFiniteError
+from .fusion import Instruction
 from .layout import Layout
 from .rules import Call, Relevance
 from .sections import Plan
@@ -54,17 +55,29 @@ class Program:
     """
 
     def __init__(
-        self, graph: CapturedGraph, plan: Plan, kernels: ModuleType, wanted: Collection[Node]
+        self,
+        graph: CapturedGraph,
+        plan: Plan,
+        kernels: ModuleType,
+        wanted: Collection[Node],
+        instructions: Mapping[Node, Instruction] | None = None,
     ) -> None:
         self.graph = graph
         self.plan = plan
         self.kernels = kernels
         self.wanted = tuple(wanted)
-        self.calls = [node for node in graph.nodes if node.op == "call_function"]
+        self.instructions = instructions or {}
+        covered = {n for made in self.instructions.values() for n in made.covers}
+        self.calls = [
+            node
+            for node in graph.nodes
+            if node.op == "call_function" and (node in self.instructions or node not in covered)
+        ]
         self.measured = frozenset(n for n in graph.nodes if n in plan.layouts)
         last: dict[Node, int] = {}
         for i, node in enumerate(self.calls):
-            for source in node.all_input_nodes:
+            made = self.instructions.get(node)
+            for source in made.reads if made is not None else node.all_input_nodes:
                 last[source] = i
         keep = plan.kept | {graph.output}
         self.released: list[list[Node]] = [[] for _ in self.calls]
@@ -101,11 +114,22 @@ class Run:
         for node in program.graph.nodes:
             if node in values and node in program.measured:
                 self._remember(node, values[node])
+        if program.instructions:
+            # One conversion here keeps every image channels_last to the end.
+            for node in program.plan.roots:
+                if node.op == "placeholder":
+                    values[node] = _channels_last(values[node])
         for i, node in enumerate(program.calls):
-            value = node.target(*self._resolve(node.args), **self._resolve(node.kwargs))  # type: ignore[operator]
+            made = program.instructions.get(node)
+            if made is not None:
+                value = made(self)
+                for covered in made.covers:
+                    self._remember(covered, value)
+            else:
+                value = node.target(*self._resolve(node.args), **self._resolve(node.kwargs))  # type: ignore[operator]
+                if node in program.measured:
+                    self._remember(node, value)
             values[node] = value
-            if node in program.measured:
-                self._remember(node, value)
             for done in program.released[i]:
                 values.pop(done, None)
         self.output: Tensor = values[program.graph.output]
@@ -200,14 +224,19 @@ class Run:
         return Relevance(layout.restore(values, self.like(node).shape), None, mass)
 
     def split(
-        self, node: Node, a: Tensor, b: Tensor, terms: Sequence[Relevance]
+        self,
+        node: Node,
+        a: Tensor,
+        b: Tensor,
+        terms: Sequence[Relevance],
+        from_sum: bool = False,
     ) -> tuple[Relevance, Relevance]:
-        """Both shares of a sum."""
+        """Both shares of a sum; with `from_sum`, `a` is relu(a + b)."""
         layout, shape = self.layout(node), self.like(node).shape
         views = [(layout.samples_first(t.values, self.batch), t.factor) for t in terms]
         dtype = terms[0].values.dtype
         a, b = (layout.samples_first(v.to(dtype), self.batch) for v in (a, b))
-        r_a, s_a, r_b, s_b = self.kernels.split(a, b, views)
+        r_a, s_a, r_b, s_b = self.kernels.split(a, b, views, from_sum=from_sum)
         self._masses += [s_a, s_b]
         return (
             Relevance(layout.restore(r_a, shape), None, s_a),
@@ -308,6 +337,14 @@ class Run:
             self.output.detach().sum().double()
         ]
         return bool(torch.stack(checks).isfinite().all())
+
+
+def _channels_last(value: Tensor) -> Tensor:
+    if value.dim() == 4:
+        return value.contiguous(memory_format=torch.channels_last)
+    if value.dim() == 5:
+        return value.contiguous(memory_format=torch.channels_last_3d)
+    return value
 
 
 def _appender(args: list[Any]) -> Any:

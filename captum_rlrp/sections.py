@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .program import Run
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Single:
     """A step of one call that is no link of a section."""
 
@@ -48,7 +48,7 @@ class Single:
         return self.rule.propagate(run, self.call, terms)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Section:
     """A linear section."""
 
@@ -87,7 +87,7 @@ class Section:
 Step = Single | Section
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """What to do with a captured graph.
 

@@ -31,7 +31,7 @@ class Relevance(NamedTuple):
     mass: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call:
     """One call of the graph, its arguments by name.
 

@@ -1,0 +1,435 @@
+"""The forward with fewer passes over memory: folded batch norm, fused activations and sums.
+
+Values that no rule reads are never made: ``conv → batch norm → + skip → relu`` is one call. The
+reference backend runs the graph as captured instead, and both give the same relevance.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .capture import CapturedGraph, reads_values
+from .rules import Call, LinearRule
+from .rules.convolution import Convolution
+from .rules.normalization import BatchNorm
+from .rules.passthrough import PassThrough
+from .rules.pooling import MaxPool
+from .rules.shape import Move
+from .rules.skip import Sum
+from .sections import Plan, Section, Single, Step
+
+if TYPE_CHECKING:
+    from .program import Run
+
+aten = torch.ops.aten
+
+# Activations oneDNN applies on the way out of a convolution: its name, its scalars' arguments.
+_ONEDNN = {
+    aten.relu: ("relu", ()),
+    aten.relu6: ("hardtanh", (0.0, 6.0)),
+    aten.hardtanh: ("hardtanh", ("min_val", "max_val")),
+    aten.silu: ("swish", ()),
+    aten.hardswish: ("hardswish", ()),
+    aten.sigmoid: ("sigmoid", ()),
+    aten.tanh: ("tanh", ()),
+    aten.leaky_relu: ("leaky_relu", ("negative_slope",)),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class FusedConvolution:
+    """conv → batch norm? → + other? → activation?, as one instruction.
+
+    Attributes:
+        node: The node whose value it yields.
+        conv: The convolution.
+        norm: The batch norm folded into it.
+        other: The summand added to it.
+        activation: The call of the elementwise activation at the end.
+        covers: All nodes it stands for.
+    """
+
+    node: Node
+    conv: Call
+    norm: Call | None
+    other: Node | None
+    activation: Call | None
+    covers: tuple[Node, ...]
+
+    @property
+    def reads(self) -> tuple[Node, ...]:
+        """The values it is computed from."""
+        nodes = [*self.conv.nodes(), *([self.other] if self.other is not None else [])]
+        if self.norm is not None:
+            nodes += [n for n in self.norm.nodes() if n is not self.conv.node]
+        return tuple(nodes)
+
+    def weight_and_bias(self, run: Run) -> tuple[Tensor, Tensor | None]:
+        """The convolution's parameters with the batch norm folded in."""
+        weight: Tensor = run.value(self.conv.args["weight"])
+        bias: Tensor | None = run.value(self.conv.args["bias"])
+        if self.norm is None:
+            return weight, bias
+        args = self.norm.args
+        scale = BatchNorm().scale(run, self.norm, 1).view(-1)
+        shift = run.value(args["running_mean"]) * scale
+        if bias is not None:
+            shift = shift - bias * scale
+        offset: Tensor | None = run.value(args["bias"])
+        shift = -shift if offset is None else offset - shift
+        return weight * scale.view([-1] + [1] * (weight.dim() - 1)), shift
+
+    def __call__(self, run: Run) -> Tensor:
+        x: Tensor = run.value(self.conv.args["input"])
+        other: Tensor | None = run.value(self.other)
+        weight, bias = self.weight_and_bias(run)
+        args = self.conv.args
+        if _onednn_covers(x, weight) and not isinstance(args["padding"], str):
+            y = self._onednn(x, other, weight, bias)
+            if y is not None:
+                return y
+        y = self.conv.target(
+            x, weight, bias, args["stride"], args["padding"], args["dilation"], args["groups"]
+        )
+        if other is not None:
+            y = y.add_(other)
+        return _activate(self.activation, y, run)
+
+    def _onednn(
+        self, x: Tensor, other: Tensor | None, weight: Tensor, bias: Tensor | None
+    ) -> Tensor | None:
+        axes, args = x.dim() - 2, self.conv.args
+        geometry = [
+            list(v) * axes if len(v) == 1 else list(v)
+            for v in (args["padding"], args["stride"], args["dilation"])
+        ]
+        name, scalars = "none", []
+        if self.activation is not None:
+            found = _ONEDNN.get(self.activation.target.overloadpacket)
+            if found is None:
+                return None
+            name, wanted = found
+            scalars = [self.activation.args[s] if isinstance(s, str) else s for s in wanted]
+        weight = weight.contiguous(memory_format=_format(x))
+        ops = torch.ops.mkldnn
+        if other is None:
+            y: Tensor = ops._convolution_pointwise(
+                x, weight, bias, *geometry, args["groups"], name, scalars, ""
+            )
+            return y
+        if name not in ("none", "relu") or other.stride() != _strides_like(x, other):
+            return None
+        y = ops._convolution_pointwise.binary(
+            x, other, weight, bias, *geometry, args["groups"],
+            "add", 1.0, None if name == "none" else name, [], "",
+        )  # fmt: skip
+        return y
+
+
+@dataclass(frozen=True, eq=False)
+class InPlace:
+    """An elementwise call that overwrites an operand nobody reads again."""
+
+    node: Node
+    call: Call
+    covers: tuple[Node, ...]
+
+    @property
+    def reads(self) -> tuple[Node, ...]:
+        """The values it is computed from."""
+        return tuple(self.call.nodes())
+
+    def __call__(self, run: Run) -> Tensor:
+        return _activate(self.call, run.value(self.call.active[0]), run)
+
+
+Instruction = FusedConvolution | InPlace
+
+
+class FoldedConvolution(Convolution):
+    """A convolution with the batch norm behind it, as one link of a section."""
+
+    def __init__(self, instruction: FusedConvolution) -> None:
+        self.instruction = instruction
+
+    def needs(self, call: Call) -> tuple[Node, ...]:
+        return tuple(n for n in self.instruction.reads if n not in call.active)
+
+    def transpose(self, run: Run, call: Call, g: Tensor) -> Tensor:
+        return self._transpose(run, call, g, self.instruction.weight_and_bias(run)[0])
+
+    def linear_part(self, run: Run, call: Call, x: Tensor) -> Tensor:
+        weight = self.instruction.weight_and_bias(run)[0].to(x.dtype)
+        args = call.args
+        y: Tensor = call.target(
+            x, weight, None, args["stride"], args["padding"], args["dilation"], args["groups"]
+        )
+        return y
+
+
+class RestoredSum(Sum):
+    """A skip connection whose first summand was never stored: a = relu(a + b) − b.
+
+    Args:
+        first: The call's operand that is recovered.
+        other: The operand that is kept.
+        result: The value behind the ReLU.
+    """
+
+    def __init__(self, first: Node, other: Node, result: Node) -> None:
+        self.first, self.other, self.result = first, other, result
+
+    def needs(self, call: Call) -> tuple[Node, ...]:
+        return (self.result, self.other)
+
+    def propagate(self, run: Run, call: Call, terms: Any) -> Any:
+        s, b = run.value(self.result), run.value(self.other)
+        r_a, r_b = run.split(call.node, s, b, terms, from_sum=True)
+        by_node = {self.first: [r_a], self.other: [r_b]}
+        return [by_node[node] for node in call.active]
+
+
+def fuse(
+    graph: CapturedGraph, plan: Plan, wanted: Collection[Node]
+) -> tuple[Plan, dict[Node, Instruction]]:
+    """Finds what can be fused.
+
+    Args:
+        graph: The captured model.
+        plan: Its steps.
+        wanted: Values whose relevance is asked for; links of sections among them stay apart.
+
+    Returns:
+        The plan with folded links, and the instruction for each node that ends a fusion.
+    """
+    users: dict[Node, list[Node]] = {node: [] for node in graph.nodes}
+    for node in graph.nodes:
+        for source in node.all_input_nodes:
+            if reads_values(node):
+                users[source].append(node)
+    users[graph.output].append(graph.output)  # the caller reads it
+    by_output = {step.output: step for step in plan.steps}
+    starts = Counter(step.start for step in plan.steps if isinstance(step, Section))
+    apart = {n for n in wanted if n not in starts and n not in by_output}
+
+    instructions: dict[Node, Instruction] = {}
+    steps: dict[Step, Step] = {}
+    folded: dict[Node, FusedConvolution] = {}
+    claimed: set[Node] = set()
+    for step in plan.steps:
+        if not isinstance(step, Section):
+            continue
+        for i, (rule, call) in enumerate(step.links):
+            if type(rule) is not Convolution or not _is_plain(call):
+                continue
+            follows = step.links[i + 1] if i + 1 < len(step.links) else None
+            made = _fuse_convolution(call, follows, plan, by_output, users, apart, claimed)
+            if made is not None:
+                folded[call.node] = made
+                claimed.update(made.covers)
+    for step in plan.steps:
+        if isinstance(step, Section):
+            links = _fold(step.links, folded)
+            if links != tuple(step.links):
+                steps[step] = replace(step, links=links)
+    for made in folded.values():
+        instructions[made.node] = made
+        if made.other is not None:
+            end = made.norm.node if made.norm is not None else made.conv.node
+            for node in made.covers:
+                step = by_output.get(node)
+                if isinstance(step, Single) and type(step.rule) is Sum:
+                    restored = RestoredSum(end, made.other, made.node)
+                    steps[step] = replace(step, rule=restored)
+    new_steps = tuple(steps.get(step, step) for step in plan.steps)
+    kept = frozenset(n for step in new_steps for n in step.needs) | (plan.kept & set(wanted))
+    covered = {n for made in folded.values() for n in made.covers}
+    for step in new_steps:
+        if isinstance(step, Single) and step.output not in covered:
+            in_place = _in_place(step, users, kept)
+            if in_place is not None:
+                instructions[step.output] = in_place
+    return replace(plan, steps=new_steps, kept=kept), instructions
+
+
+def _is_plain(call: Call) -> bool:
+    """A convolution with constant weights, not transposed, on a batch."""
+    name = call.target.overloadpacket.__name__
+    return (
+        name in ("conv1d", "conv2d", "conv3d")
+        and call.active == (call.args["input"],)
+        and len(call.shape("input")) == len(call.shape("weight"))
+    )
+
+
+def _fuse_convolution(
+    call: Call,
+    follows: tuple[LinearRule, Call] | None,
+    plan: Plan,
+    by_output: dict[Node, Step],
+    users: dict[Node, list[Node]],
+    apart: Collection[Node],
+    claimed: Collection[Node],
+) -> FusedConvolution | None:
+    node, covers = call.node, [call.node]
+    norm = other = activation = None
+    if follows is not None and isinstance(follows[0], BatchNorm) and node not in apart:
+        norm = follows[1]
+        node = norm.node
+        covers.append(node)
+    end = node
+
+    def only_user() -> Node | None:
+        return users[node][0] if len(users[node]) == 1 and users[node][0] is not node else None
+
+    # The sum: only where a ReLU behind it lets the summand be recovered.
+    after = only_user()
+    step = by_output.get(after) if after is not None else None
+    if after not in claimed and isinstance(step, Single) and type(step.rule) is Sum:
+        assert after is not None
+        relu = users[after][0] if len(users[after]) == 1 else None
+        if (
+            relu is not None
+            and _packet(relu) is aten.relu
+            and _packet(after) is aten.add
+            and step.call.args.get("alpha", 1) == 1
+            and len(set(step.call.active)) == 2
+            and all(step.call.shape(n) == step.call.shape(after) for n in step.call.active)
+            and _vanishes(relu, plan, set())
+        ):
+            other = next(n for n in step.call.active if n is not end)
+            node = after
+            covers.append(node)
+    after = only_user()
+    step = by_output.get(after) if after is not None else None
+    if (
+        after is not None
+        and node not in plan.kept - ({end} if other is not None else set())
+        and isinstance(step, Single)
+        and isinstance(step.rule, PassThrough)
+        and _in_place_twin(step.call) is not None
+        and step.call.active[0] is node
+    ):
+        activation = step.call
+        node = after
+        covers.append(node)
+    if other is not None and activation is None:
+        return None
+    return FusedConvolution(node, call, norm, other, activation, tuple(covers))
+
+
+def _vanishes(value: Node, plan: Plan, seen: set[Node]) -> bool:
+    """Whether relevance at a value is surely 0 wherever the value is.
+
+    True behind every rule that multiplies by the value: then what lies under a ReLU needs no share.
+    """
+    consumers = [step for step in plan.steps if value in step.carriers]
+    if not consumers or value in seen:
+        return bool(consumers)
+    seen.add(value)
+    for step in consumers:
+        if isinstance(step, Section):
+            moves = all(isinstance(rule, Move) for rule, _ in step.links)
+            if step.passes_through and not (moves and _vanishes(step.output, plan, seen)):
+                return False
+        elif not (
+            isinstance(step.rule, (Sum, MaxPool)) or _packet(step.output) is aten.relu
+        ) or not _vanishes(step.output, plan, seen):
+            return False
+    return True
+
+
+def _fold(links: Any, folded: dict[Node, FusedConvolution]) -> tuple[tuple[LinearRule, Call], ...]:
+    result: list[tuple[LinearRule, Call]] = []
+    swallowed: set[Node] = set()
+    for rule, call in links:
+        made = folded.get(call.node)
+        if made is not None and made.norm is not None:
+            result.append((FoldedConvolution(made), replace(call, node=made.norm.node)))
+            swallowed.add(made.norm.node)
+        elif call.node not in swallowed:
+            result.append((rule, call))
+    return tuple(result)
+
+
+def _packet(node: Node) -> Any:
+    return getattr(node.target, "overloadpacket", None)
+
+
+def _in_place_twin(call: Call) -> Any:
+    """``relu.default`` → ``relu_.default``, for elementwise calls of one tensor."""
+    if len(list(call.nodes())) != 1 or call.item is not None:
+        return None
+    packet = getattr(aten, call.target.overloadpacket.__name__ + "_", None)
+    return getattr(packet, call.target._overloadname, None) if packet is not None else None
+
+
+def _in_place(step: Single, users: dict[Node, list[Node]], kept: frozenset[Node]) -> InPlace | None:
+    call = step.call
+    if not isinstance(step.rule, PassThrough) or _in_place_twin(call) is None:
+        return None
+    operand = call.active[0]
+    owned = (
+        operand.op == "call_function"
+        and _packet(operand) in _FRESH
+        and users[operand] == [call.node]
+        and operand not in kept
+    )
+    return InPlace(call.node, call, (call.node,)) if owned else None
+
+
+# Ops whose result is new memory that nothing else shares.
+_FRESH = {
+    aten.batch_norm, aten._native_batch_norm_legit_no_training, aten.add, aten.sub, aten.mul,
+    aten.linear, aten.conv1d, aten.conv2d, aten.conv3d, aten.cat, aten.layer_norm,
+    aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d, aten.addmm, aten.div,
+}  # fmt: skip
+
+
+def _activate(activation: Call | None, y: Tensor, run: Run) -> Tensor:
+    if activation is None:
+        return y
+    args = bind_values(activation, run, y)
+    result: Tensor = _in_place_twin(activation)(*args)
+    return result
+
+
+def bind_values(call: Call, run: Run, first: Tensor) -> list[Any]:
+    """Positional arguments of an elementwise call, its tensor replaced."""
+    return [
+        first if argument is call.active[0] else argument for argument in call.args.values()
+    ]
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
+        return torch.channels_last_3d
+    return torch.contiguous_format
+
+
+def _strides_like(x: Tensor, other: Tensor) -> tuple[int, ...]:
+    """The strides oneDNN gives its result, which the summand must share."""
+    return torch.empty(other.shape, device="meta").to(memory_format=_format(x)).stride()
+
+
+def _onednn_covers(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.dim() in (4, 5)
+        and x.numel() > 0
+        and torch.backends.mkldnn.enabled
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    )
+
+
