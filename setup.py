@@ -85,6 +85,7 @@ def extension_arguments() -> dict:
         *optimise,
         *common,
         "-fvisibility=hidden",
+        f"-ffile-prefix-map={ROOT.resolve()}/=",
         "-fopenmp-simd",
         "-fno-math-errno",
         "-fno-trapping-math",
@@ -94,7 +95,7 @@ def extension_arguments() -> dict:
         "-Wno-psabi",
         *sanitize_flags,
     ]
-    flags = " ".join(cxx)
+    flags = " ".join(flag for flag in cxx if "prefix-map" not in flag)
     include = [str(ROOT / "csrc"), pybind11.get_include()]
     extensions = [
         CppExtension(

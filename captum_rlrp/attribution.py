@@ -103,7 +103,6 @@ class RelativeLRP(_Explainer, Attribution):
         self._prepare(model, backend)
 
     @typing.overload
-    @log_usage(part_of_slo=True)
     def attribute(
         self,
         inputs: TensorOrTupleOfTensorsGeneric,
@@ -115,7 +114,6 @@ class RelativeLRP(_Explainer, Attribution):
     ) -> tuple[TensorOrTupleOfTensorsGeneric, Tensor]: ...
 
     @typing.overload
-    @log_usage(part_of_slo=True)
     def attribute(
         self,
         inputs: TensorOrTupleOfTensorsGeneric,
@@ -126,7 +124,7 @@ class RelativeLRP(_Explainer, Attribution):
     ) -> TensorOrTupleOfTensorsGeneric: ...
 
     @log_usage(part_of_slo=True)
-    def attribute(  # type: ignore[misc]
+    def attribute(
         self,
         inputs: TensorOrTupleOfTensorsGeneric,
         target: TargetType = None,
@@ -211,7 +209,7 @@ class RelativeLRP(_Explainer, Attribution):
                 captured = self._engine.captured((*tensors, *additional), len(tensors), batch)
                 _report(captured)
         attributions = _format_output(is_tuple, tuple(parts))
-        return (attributions, delta) if return_convergence_delta else attributions  # type: ignore[return-value]
+        return (attributions, delta) if return_convergence_delta else attributions
 
 
 class LayerRelativeLRP(_Explainer, LayerAttribution):
@@ -248,7 +246,7 @@ class LayerRelativeLRP(_Explainer, LayerAttribution):
         self, model: nn.Module, layer: ModuleOrModules = None, backend: Backend = "auto"
     ) -> None:
         self._prepare(model, backend)
-        LayerAttribution.__init__(self, model, layer)  # type: ignore[arg-type]
+        LayerAttribution.__init__(self, model, layer)
         self._many = layer is None or isinstance(layer, (list, tuple, nn.ModuleList))
         self._names: list[list[str]] | None = None
         if layer is not None:
@@ -400,9 +398,9 @@ def _check_floating(tensors: Sequence[Tensor], model: nn.Module) -> None:
             ]
             layer = f"model.{embeddings[0]}" if embeddings else "model.embedding"
             raise InputError(
-                f"Input {i} has dtype {x.dtype}: an integer has no relevance of its own. Explain the "
-                f"layer that embeds it, LayerRelativeLRP(model, {layer}), or convert the input by "
-                ".float()."
+                f"Input {i} has dtype {x.dtype}: an integer has no relevance of its own. Explain "
+                f"the layer that embeds it, LayerRelativeLRP(model, {layer}), or convert "
+                "the input by .float()."
             )
 
 
@@ -435,8 +433,8 @@ def _start(output: Any, target: TargetType, batch: int, model: nn.Module) -> Ten
         chosen = _choose(positions, target, shape, name)
     if chosen.numel() != batch:
         raise InputError(
-            f"target {_short(target)} selects {chosen.numel() // max(batch, 1)} scores per sample of "
-            f"the output of shape {shape}; an explanation needs one: {_target_hint(shape)}."
+            f"target {_short(target)} selects {chosen.numel() // batch} scores per sample of the "
+            f"output of shape {shape}; an explanation needs one: {_target_hint(shape)}."
         )
     start.view(-1)[chosen.reshape(-1)] = 1
     return start

@@ -66,7 +66,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
+            model = model._orig_mod  # type: ignore[assignment]
         else:
             return model
 
@@ -176,8 +176,8 @@ def _example(
             pairs = [example(item) for item in value]
             return type(value)(p[0] for p in pairs), type(value)(p[1] for p in pairs)
         if isinstance(value, dict):
-            pairs = {key: example(item) for key, item in value.items()}
-            return {k: p[0] for k, p in pairs.items()}, {k: p[1] for k, p in pairs.items()}
+            named = {key: example(item) for key, item in value.items()}
+            return {k: p[0] for k, p in named.items()}, {k: p[1] for k, p in named.items()}
         return value, None
 
     pairs = [example(value) for value in args]
@@ -193,7 +193,9 @@ def _is_variadic(model: nn.Module) -> bool:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Export warns of its own working and logs what it raises anyway: not the user's concern."""
-    loggers = [logging.getLogger(name) for name in ("torch._subclasses", "torch.export", "torch._export")]
+    loggers = [
+        logging.getLogger(name) for name in ("torch._subclasses", "torch.export", "torch._export")
+    ]
     loggers += [logging.getLogger("torch._subclasses.fake_tensor"), logging.getLogger("torch.fx")]
     disabled = [logger.disabled for logger in loggers]
     with warnings.catch_warnings():
@@ -329,8 +331,9 @@ def _batch_symbol(inputs: Sequence[Node]) -> sympy.Symbol | None:
         value = node.meta.get("val")
         if isinstance(value, Tensor) and value.dim():
             size = value.shape[0]
-            if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
-                return size.node.expr
+            expression = getattr(getattr(size, "node", None), "expr", None)
+            if isinstance(expression, sympy.Symbol):
+                return expression
     return None
 
 
@@ -342,7 +345,7 @@ def _inline_subgraphs(graph: Graph, module: Any) -> None:
         if node.target.name() not in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
             continue
         attribute = next(a for a in node.args if isinstance(a, Node) and a.op == "get_attr")
-        inner = operator.attrgetter(attribute.target)(module)
+        inner = operator.attrgetter(str(attribute.target))(module)
         _inline_subgraphs(inner.graph, inner)
         operands = node.args[node.args.index(attribute) + 1 :]
         slots = [n for n in inner.graph.nodes if n.op == "placeholder"]
@@ -454,9 +457,9 @@ def _has_aliased_write(graph: Graph) -> bool:
             names.add(written)
         for other in graph.nodes:
             made_before = order[other] < order[node]
-            if made_before and other not in names and root[other] is root[node]:
-                if any(order[user] > order[node] for user in other.users):
-                    return True
+            read_after = any(order[user] > order[node] for user in other.users)
+            if made_before and read_after and other not in names and root[other] is root[node]:
+                return True
     return False
 
 
@@ -470,7 +473,8 @@ def _make_functional(graph: Graph) -> None:
         assert isinstance(written, Node)
         node.target = twin
         written.replace_all_uses_with(
-            node, delete_user_cb=lambda user, at=order[node]: order[user] > at  # type: ignore[misc]
+            node,
+            delete_user_cb=lambda user, at=order[node]: order[user] > at,  # type: ignore[misc]
         )
 
 
@@ -485,7 +489,7 @@ def _open_slices(graph: Graph) -> None:
         packet = getattr(node.target, "overloadpacket", None)
         if packet not in packets:
             continue
-        source = node.args[0]
+        source: Any = node.args[0]
         parts = node.meta["val"]
         dim = _slice_dim(node, packet)
         starts = [0]
@@ -514,13 +518,12 @@ def _open_slices(graph: Graph) -> None:
 
 
 def _slice_dim(node: Node, packet: Any) -> int:
+    dims = node.all_input_nodes[0].meta["val"].dim()
     if packet is aten.hsplit:
-        return 0 if node.args[0].meta["val"].dim() == 1 else 1
+        return 0 if dims == 1 else 1
     if packet in (aten.vsplit, aten.dsplit):
         return 0 if packet is aten.vsplit else 2
-    bound = bind(node)
-    dim = bound.get("dim", 0)
-    return dim % node.args[0].meta["val"].dim()
+    return int(bind(node).get("dim", 0)) % dims
 
 
 def bind(node: Node) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Knows neither Captum nor targets; :mod:`captum_rlrp.attribution` adds those.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -95,12 +96,10 @@ class Engine:
         singles = [_sample(args, i, batch) for i in range(batch)]
         outputs = [self._forward(captured, single) for single in singles]
         starts = start(torch.cat(outputs))
-        parts = [
-            self._run(
-                captured, single, len(inputs), 1, lambda _, i=i: starts[i : i + 1], measure_delta
-            )  # type: ignore[misc]
-            for i, single in enumerate(singles)
-        ]
+        parts = []
+        for i, single in enumerate(singles):
+            given = functools.partial(_given, starts[i : i + 1])
+            parts.append(self._run(captured, single, len(inputs), 1, given, measure_delta))
         relevance = [
             torch.cat(values) for values in zip(*(p.relevance for p in parts), strict=True)
         ]
@@ -179,7 +178,7 @@ class Engine:
         except Exception as error:
             shapes = ", ".join(str(tuple(a.shape)) for a in args if isinstance(a, Tensor))
             raise InputError(
-                f"{type(self.model).__name__} fails on these arguments (tensors of shape {shapes}), "
+                f"{type(self.model).__name__} fails on these arguments (shapes {shapes}), "
                 f"with or without an explanation: {type(error).__name__}: {error}"
             ) from error
 
@@ -263,6 +262,10 @@ class Engine:
         return find_non_finite(program, values)
 
 
+def _given(start: Tensor, _output: Tensor) -> Tensor:
+    return start
+
+
 def _no_autocast(args: Sequence[Any]) -> Any:
     """The captured graph holds the casts it needs; an ambient autocast would add others."""
     device = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
@@ -279,7 +282,7 @@ def _attribute(model: nn.Module, name: str) -> Tensor:
         value = module._buffers.get(last)
     if value is None:
         value = getattr(module, last)
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _modules(model: nn.Module) -> Hashable:

@@ -126,11 +126,11 @@ class FusedConvolution:
             return y
         if name not in ("none", "relu") or other.stride() != _strides_like(x, other):
             return None
-        y = ops._convolution_pointwise.binary(
+        fused: Tensor = ops._convolution_pointwise.binary(
             x, other, weight, bias, *geometry, args["groups"],
             "add", 1.0, None if name == "none" else name, [], "",
         )  # fmt: skip
-        return y
+        return fused
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,11 +243,10 @@ def fuse(
         instructions[made.node] = made
         if made.other is not None:
             end = made.norm.node if made.norm is not None else made.conv.node
-            for node in made.covers:
-                step = by_output.get(node)
-                if isinstance(step, Single) and type(step.rule) is Sum:
+            for skip in map(by_output.get, made.covers):
+                if isinstance(skip, Single) and type(skip.rule) is Sum:
                     restored = RestoredSum(end, made.other, made.node)
-                    steps[step] = replace(step, rule=restored)
+                    steps[skip] = replace(skip, rule=restored)
     new_steps = tuple(steps.get(step, step) for step in plan.steps)
     kept = frozenset(n for step in new_steps for n in step.needs) | (plan.kept & set(wanted))
     covered = {n for made in folded.values() for n in made.covers}
@@ -403,9 +402,7 @@ def _activate(activation: Call | None, y: Tensor, run: Run) -> Tensor:
 
 def bind_values(call: Call, run: Run, first: Tensor) -> list[Any]:
     """Positional arguments of an elementwise call, its tensor replaced."""
-    return [
-        first if argument is call.active[0] else argument for argument in call.args.values()
-    ]
+    return [first if argument is call.active[0] else argument for argument in call.args.values()]
 
 
 def _format(x: Tensor) -> torch.memory_format:
@@ -427,9 +424,7 @@ def _onednn_covers(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype == torch.float32
         and x.dim() in (4, 5)
         and x.numel() > 0
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
     )
-
-

@@ -40,13 +40,6 @@ def _calls(graph: CapturedGraph, names: Sequence[str]) -> list[list[Node]]:
     return list(calls.values())
 
 
-def _carries(node: Node) -> bool:
-    value = node.meta.get("val")
-    return (
-        isinstance(value, Tensor) and value.is_floating_point() and node.meta.get("depends", True)
-    )
-
-
 def layer_calls(
     graph: CapturedGraph, explained: Sequence[Node], names: Sequence[str], of_inputs: bool
 ) -> list[Node]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -198,16 +198,18 @@ class Run:
                 return type(argument)(fill(item) for item in argument)
             return argument
 
-        args, kwargs = [], {}
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
         for parameter in call.target._schema.arguments:
             value = call.args[parameter.name]
             if overrides and parameter.name in overrides:
                 value = overrides[parameter.name]
             if parameter.name == "dtype" and isinstance(value, torch.dtype):
                 value = dtype
-            (kwargs.__setitem__ if parameter.kwarg_only else _appender(args))(
-                parameter.name, fill(value)
-            )
+            if parameter.kwarg_only:
+                kwargs[parameter.name] = fill(value)
+            else:
+                args.append(fill(value))
         result = call.target(*args, **kwargs)
         return result[call.item] if call.item is not None else result
 
@@ -347,10 +349,6 @@ def _channels_last(value: Tensor) -> Tensor:
     return value
 
 
-def _appender(args: list[Any]) -> Any:
-    return lambda _name, value: args.append(value)
-
-
 def find_non_finite(program: Program, values: dict[Node, Any]) -> NonFiniteError:
     """Runs the forward once more, looking at every value, to name the first that is not finite."""
     values = dict(values)
@@ -367,9 +365,9 @@ def find_non_finite(program: Program, values: dict[Node, Any]) -> NonFiniteError
             kind = "NaN" if value.isnan().any() else "infinite values"
             if used or value.isnan().any() or _spreads(node, program):
                 return NonFiniteError(
-                    f"The model produces {kind} at {node.target} in {place_of(node)}; an explanation "
-                    "needs finite values. Check the weights and the scale of the inputs, or use a "
-                    "wider dtype (float32, bfloat16)."
+                    f"The model produces {kind} at {node.target} in {place_of(node)}; an "
+                    "explanation needs finite values. Check the weights and the scale of the "
+                    "inputs, or use a wider dtype (float32, bfloat16)."
                 )
     return NonFiniteError(
         "Relevance overflowed although every value of the model is finite: the weights are too "

@@ -236,9 +236,9 @@ def _layout_of(node: Node, graph: CapturedGraph, layouts: dict[Node, Layout]) ->
 
 def _mixes(node: Node) -> CaptureError:
     return CaptureError(
-        f"The samples of a batch cannot be told apart behind {node.target} in {place_of(node)}: the "
-        "model mixes them there, so there is no explanation per sample. Explain the samples one by "
-        "one, or rewrite the operation."
+        f"The samples of a batch cannot be told apart behind {node.target} in {place_of(node)}: "
+        "the model mixes them there, so there is no explanation per sample. Explain "
+        "the samples one by one, or rewrite the operation."
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .attention import MatrixProduct, ScaledDotProductAttention
+from .attention import ScaledDotProductAttention
 from .base import Call, LinearRule, Relevance, Rule
 from .choice import Extremum, Maximum, Where
 from .convolution import Convolution
@@ -63,8 +63,8 @@ _add(Reshape(), "view reshape flatten unflatten squeeze unsqueeze _unsafe_view v
 _add(
     Move(),
     "permute transpose t movedim moveaxis swapaxes swapdims numpy_T adjoint mT "
-    "slice select narrow index_select index gather take take_along_dim expand expand_as broadcast_to "
-    "repeat tile repeat_interleave flip fliplr flipud rot90 roll unfold pixel_shuffle "
+    "slice select narrow index_select index gather take take_along_dim expand expand_as "
+    "broadcast_to repeat tile repeat_interleave flip fliplr flipud rot90 roll unfold pixel_shuffle "
     "pixel_unshuffle channel_shuffle native_channel_shuffle tril triu diagonal as_strided "
     "permute_copy transpose_copy slice_copy select_copy expand_copy t_copy",
 )
@@ -83,12 +83,12 @@ _add(
 # §3 pass-through
 _add(
     PassThrough("self"),
-    "relu relu6 leaky_relu elu celu selu gelu silu mish sigmoid tanh hardswish hardsigmoid hardtanh "
-    "softplus softshrink hardshrink tanhshrink threshold rrelu log_sigmoid prelu _prelu_kernel clamp "
-    "clamp_min clamp_max softmax log_softmax _softmax _log_softmax _safe_softmax exp exp2 expm1 log "
-    "log2 log10 log1p sqrt rsqrt square pow abs sin cos tan asin acos atan sinh cosh asinh acosh "
-    "atanh erf erfc reciprocal sign floor ceil round trunc frac logit sigmoid_ softmin softsign "
-    "nan_to_num sinc float_power",
+    "relu relu6 leaky_relu elu celu selu gelu silu mish sigmoid tanh hardswish hardsigmoid "
+    "hardtanh softplus softshrink hardshrink tanhshrink threshold rrelu log_sigmoid prelu "
+    "_prelu_kernel clamp clamp_min clamp_max softmax log_softmax _softmax _log_softmax "
+    "_safe_softmax exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square pow abs sin cos tan "
+    "asin acos atan sinh cosh asinh acosh atanh erf erfc reciprocal sign floor ceil round trunc frac "
+    "logit softmin softsign nan_to_num sinc float_power",
 )
 _add(
     PassThrough("input"),
@@ -132,7 +132,8 @@ def register_rule(op: Any, rule: Rule) -> None:
     op = getattr(op, "_opoverload", op)
     if not isinstance(op, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         raise TypeError(
-            f"register_rule needs an operator such as torch.ops.mylib.myop, not {type(op).__name__}."
+            "register_rule needs an operator such as torch.ops.mylib.myop, not "
+            f"{type(op).__name__}."
         )
     if not isinstance(rule, Rule):
         raise TypeError(f"register_rule needs an instance of Rule, not {rule!r}.")
@@ -143,7 +144,7 @@ def find_rule(call: Call) -> Rule | None:
     """The rule for a call, or None."""
     packet = getattr(call.target, "overloadpacket", None)
     rule = _CUSTOM.get(call.target) or _CUSTOM.get(packet)
-    if rule is None and getattr(call.target, "namespace", "") == "aten":
+    if rule is None and packet is not None and call.target.namespace == "aten":
         rule = _TABLE.get(packet.__name__)
     return rule.select(call) if rule is not None else None
 

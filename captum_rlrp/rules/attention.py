@@ -22,9 +22,10 @@ aten = torch.ops.aten
 _SOFTMAX = {aten.softmax, aten._softmax, aten._safe_softmax}
 # What may lie between a softmax and the product that uses its weights.
 _KEEPS_WEIGHTS = {
-    aten.dropout, aten.view, aten.reshape, aten.permute, aten.transpose, aten.contiguous, aten.clone,
-    aten.unsqueeze, aten.squeeze, aten.expand, aten.to, aten._to_copy, aten.masked_fill, aten.mul,
-    aten.div, aten.slice, aten.select, aten.flatten, aten.unflatten, aten.pad, aten.constant_pad_nd,
+    aten.dropout, aten.view, aten.reshape, aten.permute, aten.transpose, aten.contiguous,
+    aten.clone, aten.unsqueeze, aten.squeeze, aten.expand, aten.to, aten._to_copy, aten.masked_fill,
+    aten.mul, aten.div, aten.slice, aten.select, aten.flatten, aten.unflatten, aten.pad,
+    aten.constant_pad_nd,
 }  # fmt: skip
 
 

@@ -85,7 +85,7 @@ class Reduction(LinearRule):
     def one_to_one(self, call: Call) -> bool:
         shape = call.shape(self.operand(call))
         dims = call.args.get("dim")
-        dims = range(len(shape)) if not dims else dims
+        dims = dims or range(len(shape))
         return all(shape[d] == 1 for d in ([dims] if isinstance(dims, int) else dims))
 
 
