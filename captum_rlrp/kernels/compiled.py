@@ -13,11 +13,8 @@ from captum_rlrp.kernels import reference
 from captum_rlrp.kernels.reference import (
     Ints,
     Term,
-    conv,
-    conv_product,
     epilogue_,
     linear,
-    linear_product,
     linear_rows,
     mass,
 )
@@ -206,6 +203,69 @@ def adaptive_avg_pool(r: Tensor, input_shape: Sequence[int]) -> Tensor:
         return reference.adaptive_avg_pool(r, input_shape)
     result: Tensor = ops.adaptive_avg_pool(r, list(input_shape))
     return result
+
+
+# ---- dense and convolution: ATen's, but for the first layer of an image network ---------------
+
+
+def linear_product(x: Tensor, g: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`captum_rlrp.kernels.reference.linear_product`."""
+    return product(x, linear(g, weight), inplace=True)
+
+
+def conv(
+    g: Tensor,
+    weight: Tensor,
+    input_shape: Sequence[int],
+    stride: Ints = 1,
+    padding: Ints = 0,
+    dilation: Ints = 1,
+    transposed: bool = False,
+    output_padding: Ints = 0,
+    groups: int = 1,
+) -> Tensor:
+    """See :func:`captum_rlrp.kernels.reference.conv`."""
+    few_channels = (
+        g.device.type == "cpu"
+        and g.dtype == weight.dtype == torch.float32
+        and len(input_shape) == 4
+        and input_shape[1] <= 4
+        and weight.shape[0] >= 16
+        and groups == 1
+        and not transposed
+        and g.numel() > 0
+    )
+    if not few_channels:
+        options = (stride, padding, dilation, transposed, output_padding, groups)
+        return reference.conv(g, weight, input_shape, *options)
+    # One matrix product and a fold: oneDNN's input gradient is poor at a handful of channels.
+    n, channels = g.shape[:2]
+    columns = torch.matmul(
+        weight.reshape(channels, -1).t(),
+        # channels_last is taken as the transpose that it is, without a copy
+        g.permute(0, 2, 3, 1).reshape(n, -1, channels).transpose(1, 2)
+        if reference.memory_format(g) == torch.channels_last
+        else g.reshape(n, channels, -1),
+    )
+    window = [reference.ints(v, 2) for v in (dilation, padding, stride)]
+    folded = torch.nn.functional.fold(columns, input_shape[2:], weight.shape[2:], *window)
+    return folded.contiguous(memory_format=reference.memory_format(g))
+
+
+def conv_product(
+    x: Tensor,
+    g: Tensor,
+    weight: Tensor,
+    stride: Ints = 1,
+    padding: Ints = 0,
+    dilation: Ints = 1,
+    transposed: bool = False,
+    output_padding: Ints = 0,
+    groups: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`captum_rlrp.kernels.reference.conv_product`."""
+    options = (stride, padding, dilation, transposed, output_padding, groups)
+    return product(x, conv(g, weight, x.shape, *options), inplace=True)
 
 
 # ---- what the ops return, for tracing: shapes, dtypes, strides -------------------------------

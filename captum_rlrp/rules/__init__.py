@@ -87,8 +87,8 @@ _add(
     "hardtanh softplus softshrink hardshrink tanhshrink threshold rrelu log_sigmoid prelu "
     "_prelu_kernel clamp clamp_min clamp_max softmax log_softmax _softmax _log_softmax "
     "_safe_softmax exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square pow abs sin cos tan "
-    "asin acos atan sinh cosh asinh acosh atanh erf erfc reciprocal sign floor ceil round trunc frac "
-    "logit softmin softsign nan_to_num sinc float_power",
+    "asin acos atan sinh cosh asinh acosh atanh erf erfc reciprocal sign floor ceil round trunc "
+    "frac logit softmin softsign nan_to_num sinc float_power",
 )
 _add(
     PassThrough("input"),

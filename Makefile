@@ -1,0 +1,62 @@
+# make demo   train two small networks, explain them, write the figures (minutes the first time)
+# make test   everything that has to hold: lint, types, tests
+#
+# Both set up their own virtual environment; PYTHON=… chooses the interpreter (3.10 or later) and
+# VENV=… the folder. The environment is made again when what it is made from has changed.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Compiling every file of torch to bytecode takes longer than to compile, later, the few imported.
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+BUILD_TOOLS := "setuptools>=77" wheel ninja "pybind11>=2.12"
+SOURCES := captum_rlrp tests examples $(wildcard benchmarks scripts) setup.py
+
+.PHONY: demo test lint install bench coverage evaluate sanitize clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/demo.py --out demo
+
+test: lint
+	$(BIN)/python -m pytest -q tests
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy captum_rlrp
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python benchmarks/run.py
+
+evaluate: $(VENV)/.installed-bench
+	$(BIN)/python scripts/evaluate.py
+
+coverage: $(VENV)/.installed
+	$(BIN)/python scripts/coverage.py
+
+sanitize: $(VENV)/.installed
+	PATH="$(abspath $(BIN)):$$PATH" bash scripts/sanitize.sh
+
+install: $(VENV)/.installed
+
+# torch comes first and the package is built against it (--no-build-isolation): an isolated build
+# would download torch a second time. setup.py carries on without a compiler, and the retry without
+# the extension covers a compiler that fails.
+$(VENV)/.installed: pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "$(PYTHON) is older than 3.10; choose another with PYTHON=…" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch torchvision $(BUILD_TOOLS)
+	$(PIP) --no-build-isolation --editable ".[dev]" \
+		|| { echo "trying again without the compiled kernels" >&2; \
+		     CAPTUM_RLRP_EXTENSION=0 $(PIP) --no-build-isolation --editable ".[dev]"; }
+	touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(PIP) zennit quantus
+	touch $@
+
+clean:
+	rm -rf $(VENV) build demo *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find captum_rlrp -name '*.so' -delete
