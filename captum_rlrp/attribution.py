@@ -396,7 +396,7 @@ def _check_floating(tensors: Sequence[Tensor], model: nn.Module) -> None:
                 for name, module in model.named_modules()
                 if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
             ]
-            layer = f"model.{embeddings[0]}" if embeddings else "model.embedding"
+            layer = f"model.get_submodule('{embeddings[0]}')" if embeddings else "model.embedding"
             raise InputError(
                 f"Input {i} has dtype {x.dtype}: an integer has no relevance of its own. Explain "
                 f"the layer that embeds it, LayerRelativeLRP(model, {layer}), or convert "

@@ -7,6 +7,7 @@ relies on: no in-place calls, no sub-graphs, no tuple of slices, recurrent layer
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import logging
 import operator
@@ -143,7 +144,7 @@ def capture(model: nn.Module, args: Sequence[Any], batch_size: int | None) -> Ca
         torch.backends.mha.set_fastpath_enabled(False)
         try:
             program = torch.export.export(
-                model, example, dynamic_shapes=(shapes,) if _is_variadic(model) else shapes
+                _shadow(model), example, dynamic_shapes=(shapes,) if _is_variadic(model) else shapes
             )
             decompositions = _needed_decompositions(program)
             if decompositions is not None:
@@ -155,6 +156,33 @@ def capture(model: nn.Module, args: Sequence[Any], batch_size: int | None) -> Ca
         finally:
             torch.backends.mha.set_fastpath_enabled(fastpath)
         return _normalise(program, model)
+
+
+def _shadow(model: nn.Module) -> nn.Module:
+    """A second tree of modules that shares every tensor with the user's.
+
+    Export swaps a module's parameters while it traces; the user's own must stay what they are,
+    for other threads too.
+    """
+    twins: dict[nn.Module, nn.Module] = {}
+
+    def twin(module: nn.Module) -> nn.Module:
+        if module not in twins:
+            copied = twins[module] = module.__class__.__new__(module.__class__)
+            copied.__dict__.update(
+                (name, copy.copy(value) if isinstance(value, (dict, list, set)) else value)
+                for name, value in module.__dict__.items()
+            )
+            copied.__dict__["_modules"] = {
+                name: None if child is None else twin(child)
+                for name, child in module._modules.items()
+            }
+            for name, value in module.__dict__.items():
+                if isinstance(value, nn.Module):  # held without being registered
+                    copied.__dict__[name] = twin(value)
+        return twins[module]
+
+    return twin(model)
 
 
 def _example(
@@ -248,6 +276,10 @@ def _normalise(program: Any, model: nn.Module) -> CapturedGraph:
     _inline_subgraphs(graph, program.graph_module)
     _make_functional(graph)
     _open_slices(graph)
+    for node in graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            # The values are the user's, their memory layout is ours.
+            node.target = aten.reshape.default
 
     parameters: dict[Node, str] = {}
     constants: dict[Node, Tensor] = {}
@@ -374,12 +406,6 @@ _READ_SIZES_ONLY = {
 def reads_values(node: Node) -> bool:
     """Whether a call's result depends on its operands' values, not on their sizes alone."""
     return getattr(node.target, "overloadpacket", None) not in _READ_SIZES_ONLY
-
-
-def is_floating(node: Node) -> bool:
-    """Whether a node's value is a floating-point tensor."""
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def dependents(nodes: Iterable[Node], sources: Iterable[Node]) -> set[Node]:

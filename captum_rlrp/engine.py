@@ -223,25 +223,18 @@ class Engine:
             values = self._values(captured, args)
             run = program.forward(dict(values))
             relevance = start(run.output)
-            if program.graph.output in program.measured:
-                result = run.propagate(relevance, batch, measure_delta)
-                found, delta = result.relevance, result.delta
-            else:  # the output does not depend on the inputs
-                found = {}
-                delta = relevance.new_zeros(batch, dtype=torch.float64) if measure_delta else None
+            result = run.propagate(relevance, batch, measure_delta)
             if not self._is_finite(args[:explained]) or not run.is_finite():
                 raise self._non_finite(program, values, args[:explained])
-            unused = {node: run.like(node) for node in captured.wanted if found.get(node) is None
-                      and node in program.measured}  # fmt: skip
             by_node = dict(zip(captured.explained, args, strict=False))
             parts = []
             for node in captured.wanted:
-                part = found.get(node)
-                if part is None:
-                    like = unused.get(node) or by_node[node]
+                part = result.relevance.get(node)
+                if part is None:  # nothing arrived: no way leads there from the output
+                    like = run.like(node) if node in program.measured else by_node[node]
                     part = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
                 parts.append(part)
-        return Explanation(parts, delta)
+        return Explanation(parts, result.delta)
 
     @staticmethod
     def _is_finite(inputs: Sequence[Tensor]) -> bool:

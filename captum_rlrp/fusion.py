@@ -100,7 +100,7 @@ class FusedConvolution:
         )
         if other is not None:
             y = y.add_(other)
-        return _activate(self.activation, y, run)
+        return _activate(self.activation, y)
 
     def _onednn(
         self, x: Tensor, other: Tensor | None, weight: Tensor, bias: Tensor | None
@@ -147,7 +147,7 @@ class InPlace:
         return tuple(self.call.nodes())
 
     def __call__(self, run: Run) -> Tensor:
-        return _activate(self.call, run.value(self.call.active[0]), run)
+        return _activate(self.call, run.value(self.call.active[0]))
 
 
 Instruction = FusedConvolution | InPlace
@@ -392,17 +392,18 @@ _FRESH = {
 }  # fmt: skip
 
 
-def _activate(activation: Call | None, y: Tensor, run: Run) -> Tensor:
+def _activate(activation: Call | None, y: Tensor) -> Tensor:
+    """The activation, in place."""
     if activation is None:
         return y
-    args = bind_values(activation, run, y)
-    result: Tensor = _in_place_twin(activation)(*args)
+    twin = _in_place_twin(activation)
+    options = [
+        (argument.name, argument.kwarg_only, activation.args[argument.name])
+        for argument in activation.target._schema.arguments[1:]
+    ]
+    positional = [value for _, keyword, value in options if not keyword]
+    result: Tensor = twin(y, *positional, **{name: v for name, keyword, v in options if keyword})
     return result
-
-
-def bind_values(call: Call, run: Run, first: Tensor) -> list[Any]:
-    """Positional arguments of an elementwise call, its tensor replaced."""
-    return [first if argument is call.active[0] else argument for argument in call.args.values()]
 
 
 def _format(x: Tensor) -> torch.memory_format:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from torch import nn
 from torch.fx import Node
 
-from .capture import CapturedGraph, dependents, is_floating, reads_values
+from .capture import CapturedGraph, reads_values
 from .errors import InputError
+from .sections import active_values
 
 
 def module_names(model: nn.Module, module: nn.Module) -> list[str]:
@@ -48,7 +49,7 @@ def layer_calls(
     Raises:
         InputError: If the module is not called, or has no operation of its own.
     """
-    depends = dependents(graph.nodes, explained)
+    active = active_values(graph, explained)
     reachable = set(graph.nodes)
     found: list[Node] = []
     for nodes in _calls(graph, names):
@@ -62,7 +63,7 @@ def layer_calls(
                 if n is graph.output
                 or any(u in reachable and u not in inside and reads_values(u) for u in n.users)
             ]
-        found += [n for n in dict.fromkeys(values) if n in depends and is_floating(n)]
+        found += [n for n in dict.fromkeys(values) if n in active]
     if not found:
         where = "reads" if of_inputs else "computes"
         raise InputError(

@@ -49,8 +49,21 @@ class Layout:
         return factor.view([-1 if d == self.dim else 1 for d in range(len(shape))])
 
 
-WHOLE = Layout(-1, 1)
-"""Everything belongs to the one sample (a graph captured for a batch of one)."""
+class _Whole(Layout):
+    """Every element belongs to the one sample."""
+
+    def samples_first(self, value: Tensor, batch: int) -> Tensor:
+        return value.unsqueeze(0)
+
+    def restore(self, value: Tensor, shape: Sequence[int]) -> Tensor:
+        return value.squeeze(0)
+
+    def spread(self, factor: Tensor, shape: Sequence[int]) -> Tensor:
+        return factor.view([1] * len(shape))
+
+
+WHOLE = _Whole()
+"""The layout of every value in a graph captured for a batch of one."""
 
 
 def infer(

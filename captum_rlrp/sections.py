@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
-from .capture import CapturedGraph, bind, dependents, is_floating, place_of, reads_values
-from .errors import CaptureError, UnsupportedOperationError
+from .capture import CapturedGraph, bind, dependents, place_of, reads_values
+from .errors import CaptureError, InputError, UnsupportedOperationError
 from .layout import WHOLE, Layout, infer
 from .rules import Call, LinearRule, Relevance, Rule, find_rule, reshapes
 from .rules.section import Links, relative
@@ -115,9 +116,15 @@ def plan(graph: CapturedGraph, explained: Sequence[Node], taps: Collection[Node]
     Raises:
         UnsupportedOperationError: Listing every op that relevance would have to cross without a
             rule.
+        InputError: If the output does not depend on the explained inputs.
         CaptureError: If a value on the way mixes the samples of the batch.
     """
-    active = _active(graph, explained)
+    active = active_values(graph, explained)
+    if graph.output not in active:
+        raise InputError(
+            "The output does not depend on the inputs, or only by comparisons and integers: "
+            "there is no way for relevance to go."
+        )
     calls = _carrying_calls(graph, active)
     layouts = _layouts(graph, active, calls)
     for tap in taps:
@@ -136,15 +143,28 @@ def plan(graph: CapturedGraph, explained: Sequence[Node], taps: Collection[Node]
     return Plan(tuple(steps), layouts, roots, kept)
 
 
-def _active(graph: CapturedGraph, explained: Collection[Node]) -> set[Node]:
-    """The floating-point values that depend on the explained inputs.
+def active_values(graph: CapturedGraph, explained: Collection[Node]) -> set[Node]:
+    """The values that relevance may reach: those that depend on the explained inputs smoothly.
 
-    An embedding of integer inputs is such a value, though no gradient would reach the integers.
+    What depends on them by comparisons or integers only (a mask) counts as a constant. An embedding
+    of integer inputs is active, though no gradient would reach the integers.
     """
+    discrete = dependents(graph.nodes, [n for n in explained if not _is_number(n)])
     depends = dependents(graph.nodes, explained)
+    active = {node for node in explained if _is_number(node)}
     for node in graph.nodes:
         node.meta["depends"] = node in depends
-    return {node for node in depends if is_floating(node)}
+        if node.op != "call_function" or not reads_values(node) or not _is_number(node):
+            continue
+        operands = _source(node).all_input_nodes
+        if any(n in active for n in operands) or any(n in discrete for n in operands):
+            active.add(node)
+    return active
+
+
+def _is_number(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _source(node: Node) -> Node:

@@ -248,7 +248,8 @@ def conv(
         else g.reshape(n, channels, -1),
     )
     window = [reference.ints(v, 2) for v in (dilation, padding, stride)]
-    folded = torch.nn.functional.fold(columns, input_shape[2:], weight.shape[2:], *window)
+    size, kernel = list(input_shape[2:]), list(weight.shape[2:])
+    folded: Tensor = torch.ops.aten.col2im(columns, size, kernel, *window)
     return folded.contiguous(memory_format=reference.memory_format(g))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -127,7 +127,9 @@ class LinearRule(Rule):
         return self.transpose(run, call, r)
 
 
-def adjoint(run: Run, call: Call, operand: Node, g: Tensor) -> Tensor:
+def adjoint(
+    run: Run, call: Call, operand: Node, g: Tensor, overrides: Mapping[str, Any] | None = None
+) -> Tensor:
     """``Jᵀ g`` of a call that is linear in one operand, by automatic differentiation."""
     with torch.inference_mode(False), torch.enable_grad():
         like = run.like(operand)
@@ -136,7 +138,7 @@ def adjoint(run: Run, call: Call, operand: Node, g: Tensor) -> Tensor:
         if any(stride == 0 for stride in x.stride()) and not _is_view(call):
             x = torch.zeros(like.shape, dtype=g.dtype, device=g.device)
         x = x.detach().requires_grad_()
-        y = run.evaluate(call, {operand: x}, dtype=g.dtype)
+        y = run.evaluate(call, {operand: x}, dtype=g.dtype, overrides=overrides)
         (result,) = torch.autograd.grad(y, x, _plain(g), allow_unused=True)
     return x.detach().new_zeros(x.shape) if result is None else result.detach()
 

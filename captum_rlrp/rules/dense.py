@@ -47,7 +47,7 @@ class Dense(Matmul):
 
     def transpose(self, run: Run, call: Call, g: Tensor) -> Tensor:
         if not self._constant_weight(call):
-            return adjoint(run, call, self.operand(call), g)
+            return adjoint(run, call, self.operand(call), g, {"bias": None})
         return run.kernels.linear(g, run.value(call.args["weight"]).to(g.dtype))
 
     def linear_part(self, run: Run, call: Call, x: Tensor) -> Tensor:

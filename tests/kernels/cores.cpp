@@ -1,0 +1,166 @@
+// The torch-free cores on their own: checked against plain loops, from several threads at once, so that
+// the sanitizers see them. Built and run by scripts/sanitize.sh and by test_cores.py.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <thread>
+#include <vector>
+
+#include "core/axes.h"
+#include "core/half.h"
+#include "core/pooling.h"
+#include "core/rows.h"
+
+using namespace rlrp;
+
+#define EXPECT(condition)                                                \
+  do {                                                                   \
+    if (!(condition)) {                                                  \
+      std::fprintf(stderr, "line %d: %s\n", __LINE__, #condition);       \
+      std::exit(1);                                                      \
+    }                                                                    \
+  } while (0)
+
+// Every position of a simplified layout must be one element of the original, and all of them once.
+void check_axes() {
+  const int64_t size[3] = {4, 3, 5};
+  const int64_t contiguous[3] = {15, 5, 1}, last[3] = {1, 20, 4}, broadcast[3] = {1, 0, 0};
+  const int64_t* const same[2] = {contiguous, contiguous};
+  EXPECT(simplify<2>(3, size, same).rank == 1);
+  const int64_t* const permuted[2] = {last, last};
+  EXPECT(simplify<2>(3, size, permuted).rank == 1);
+  const int64_t* const mixed[3] = {contiguous, last, broadcast};
+  const Axes<3> axes = simplify<3>(3, size, mixed);
+  EXPECT(axes.numel() == 60);
+  std::vector<int> seen(60, 0);
+  for (int64_t i = 0; i < 60; ++i) {
+    int64_t o[3];
+    axes.offsets(i, o);
+    ++seen[o[0]];
+    const int64_t c = o[0] / 15, h = o[0] / 5 % 3, w = o[0] % 5;
+    EXPECT(o[1] == c + 20 * h + 4 * w);
+    EXPECT(o[2] == c);
+  }
+  for (int count : seen) EXPECT(count == 1);
+  EXPECT(simplify<3>(0, size, mixed).numel() == 1);
+}
+
+// outputs(i) must be exactly the outputs among whose inputs i is.
+void check_windows() {
+  for (int64_t in = 1; in <= 9; ++in) {
+    for (int64_t out = 1; out <= 9; ++out) {
+      Window w;
+      w.in = in;
+      w.out = out;
+      w.adaptive = true;
+      for (int64_t i = 0; i < in; ++i) {
+        for (int64_t o = 0; o < out; ++o) {
+          const Span from = w.inputs(o), to = w.outputs(i);
+          EXPECT((from.begin <= i && i < from.end) == (to.begin <= o && o < to.end));
+        }
+      }
+    }
+  }
+  for (int code = 0; code < 9 * 4 * 3 * 3 * 3 * 2; ++code) {
+    Window w;
+    w.in = code % 9 + 1;
+    w.kernel = code / 9 % 4 + 1;
+    w.stride = code / 36 % 3 + 1;
+    w.padding = code / 108 % 3;
+    w.dilation = code / 324 % 3 + 1;
+    w.out = w.padding <= w.kernel / 2 ? w.expected_out(code / 972 != 0) : -1;
+    for (int64_t i = 0; i < w.in; ++i) {
+      for (int64_t o = 0; o < w.out; ++o) {
+        bool inside = false;
+        const Span from = w.inputs(o), to = w.outputs(i);
+        for (int64_t j = from.begin; j < from.end; j += w.step()) inside = inside || i == j;
+        EXPECT(inside == (to.begin <= o && o < to.end && w.sees(o, i)));
+      }
+    }
+  }
+}
+
+void check_halves() {
+  for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+    const float half = half_to_float(bits), bfloat = bfloat_to_float(bits);
+    EXPECT(std::isnan(half) || float_to_half(half) == bits);
+    EXPECT(std::isnan(bfloat) || float_to_bfloat(bfloat) == bits);
+  }
+  EXPECT(half_to_float(0x3c00) == 1.0f && half_to_float(0x0001) == 0x1p-24f);
+  EXPECT(float_to_half(65520.0f) == 0x7c00 && float_to_half(65519.0f) == 0x7bff);
+}
+
+void check_shares() {
+  const Shares<float> s = shares(1.0f, -3.0f), zero = shares(0.0f, 0.0f);
+  EXPECT(s.a == 0.25f && s.b == 0.75f && zero.a == 0.5f && zero.b == 0.5f);
+  const Shares<float> huge = shares(3e38f, 3e38f), tiny = shares(1e-45f, 1e-45f);
+  EXPECT(huge.a == 0.5f && tiny.a == 0.5f);
+}
+
+// Several threads on neighbouring pieces of the same tensors, as the CPU kernels run them.
+void check_rows() {
+  constexpr int64_t count = 10007, threads = 4;
+  std::vector<float> x(count), g(count), q(count), a(count), b(count);
+  for (int64_t i = 0; i < count; ++i) {
+    x[i] = static_cast<float>(i % 17 - 8);
+    g[i] = static_cast<float>(i % 5 - 2);
+  }
+  std::vector<double> mass(threads);
+  std::vector<std::thread> pool;
+  for (int64_t t = 0; t < threads; ++t) {
+    pool.emplace_back([&, t] {
+      const int64_t from = t * count / threads, n = (t + 1) * count / threads - from;
+      mass[t] = product_row(n, &x[from], 1, &g[from], 1, &q[from], 1);
+      const Terms<float, true> terms{&x[from], &q[from], 1, 1, 2.0f, 0.5f};
+      accumulate_row<float, true>(n, terms, &a[from], 1);
+      split_row<float, true, false>(n, terms, &x[from], 1, &g[from], 1, &a[from], 1, &b[from], 1);
+    });
+  }
+  for (std::thread& thread : pool) thread.join();
+  double expected = 0, total = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    EXPECT(q[i] == x[i] * g[i]);
+    EXPECT(std::abs(a[i] + b[i] - (2 * x[i] + 0.5f * q[i])) <= 1e-5f);
+    expected += std::abs(q[i]);
+  }
+  for (double m : mass) total += m;
+  EXPECT(total == expected);
+}
+
+// One thread per input, as on the GPU: what all inputs win together is what came in.
+void check_pooling() {
+  Pooling p;
+  p.batch = p.channels = 1;
+  for (int axis = 1; axis < 3; ++axis) {
+    p.axis[axis].in = 7;
+    p.axis[axis].kernel = 3;
+    p.axis[axis].stride = 2;
+    p.axis[axis].padding = 1;
+    p.axis[axis].out = p.axis[axis].expected_out(false);
+  }
+  std::vector<float> x(p.in_plane()), r(p.out_plane(), 1.0f), scattered(x.size(), 0.0f);
+  for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i * 7 % 5);
+  for (int64_t h = 0; h < p.axis[1].out; ++h) {
+    for (int64_t w = 0; w < p.axis[2].out; ++w) {
+      scattered[winner(p, x.data(), 1, 0, h, w)] += r[p.out_index(0, h, w)];
+    }
+  }
+  float spread = 0;
+  for (int64_t h = 0; h < 7; ++h) {
+    for (int64_t w = 0; w < 7; ++w) {
+      EXPECT(won(p, x.data(), r.data(), 1, 0, h, w) == scattered[p.in_index(0, h, w)]);
+      spread += averaged(p, AverageRule{false, 0}, r.data(), 1, 0, h, w);
+    }
+  }
+  EXPECT(std::abs(spread - static_cast<float>(p.out_plane())) < 1e-4f);
+}
+
+int main() {
+  check_axes();
+  check_windows();
+  check_halves();
+  check_shares();
+  check_rows();
+  check_pooling();
+  std::puts("cores: all checks passed");
+}

@@ -1,0 +1,238 @@
+"""product, accumulate and split: compiled against the float64 reference, and by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from captum_rlrp.kernels import compiled, reference
+
+from .common import (
+    LAYOUTS,
+    agree,
+    compare,
+    every_case,
+    every_device,
+    every_dtype,
+    exact,
+    laid_out,
+    needs_extension,
+    rand,
+)
+
+SHAPES = [(2, 3, 5, 7), (3, 17), (4,), (2, 3, 2, 4, 5), (2, 40, 33, 31)]
+
+
+def factor(n: int, dtype: torch.dtype, device: str) -> Tensor:
+    return (torch.rand(n, dtype=reference.accumulation_dtype(dtype)) + 0.5).to(device)
+
+
+def terms_of(shape, count, dtype, device, layout):
+    n = shape[0]
+    return [
+        (
+            rand(*shape, dtype=dtype, device=device, layout=layout),
+            None if i else factor(n, dtype, device),
+        )
+        for i in range(count)
+    ]
+
+
+def widened(terms):
+    return [(exact(t), None if f is None else exact(f)) for t, f in terms]
+
+
+@every_case
+@every_device
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_product(backend, device, dtype, layout, shape):
+    x = rand(*shape, dtype=dtype, device=device, layout=layout)
+    g = rand(*shape, dtype=dtype, device=device, layout=layout)
+    q, s = backend.product(x, g)
+    expected, mass = reference.product(exact(x), exact(g))
+    assert q.dtype == dtype
+    assert s.dtype == reference.accumulation_dtype(dtype)
+    assert q.stride() == torch.empty_like(x).stride()
+    agree(q, expected, dtype)
+    agree(s, mass, dtype)
+
+
+@compare
+@pytest.mark.parametrize("of", LAYOUTS)
+@pytest.mark.parametrize("by", LAYOUTS)
+def test_product_of_different_layouts(backend, of, by):
+    dtype = torch.float32
+    x = rand(2, 6, 5, 7, dtype=dtype, layout=of)
+    g = rand(2, 6, 5, 7, dtype=dtype, layout=by)
+    q, s = backend.product(x, g)
+    expected, mass = reference.product(exact(x), exact(g))
+    agree(q, expected, dtype)
+    agree(s, mass, dtype)
+
+
+@every_case
+@every_device
+@pytest.mark.parametrize(
+    "narrow", [(2, 6, 1, 1), (1, 6, 5, 7), (2, 1, 5, 7), (2, 6, 5, 1)], ids=str
+)
+def test_product_broadcasts(backend, device, dtype, layout, narrow):
+    x = rand(2, 6, 5, 7, dtype=dtype, device=device, layout=layout)
+    g = rand(*narrow, dtype=dtype, device=device)
+    expected, mass = reference.product(exact(x), exact(g))
+    for given in (g, g.expand_as(x)):
+        q, s = backend.product(x, given, inplace=True)
+        agree(q, expected, dtype)
+        agree(s, mass, dtype)
+
+
+@compare
+@every_dtype
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_product_in_place_writes_to_g(backend, dtype, layout):
+    x, g = (rand(2, 6, 5, 7, dtype=dtype, layout=layout) for _ in range(2))
+    expected, mass = reference.product(exact(x), exact(g))
+    q, s = backend.product(x, g, inplace=True)
+    assert q.data_ptr() == g.data_ptr()
+    agree(q, expected, dtype)
+    agree(s, mass, dtype)
+
+
+@every_case
+@every_device
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_accumulate(backend, device, dtype, layout, count, shape):
+    terms = terms_of(shape, count, dtype, device, layout)
+    r, s = backend.accumulate(terms)
+    expected, mass = reference.accumulate(widened(terms))
+    assert r.dtype == dtype
+    agree(r, expected, dtype)
+    agree(s, mass, dtype)
+
+
+@every_case
+@every_device
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_split(backend, device, dtype, layout, count, shape):
+    a = rand(*shape, dtype=dtype, device=device, layout=layout)
+    b = rand(*shape, dtype=dtype, device=device)
+    terms = terms_of(shape, count, dtype, device, layout)
+    results = backend.split(a, b, terms)
+    expected = reference.split(exact(a), exact(b), widened(terms))
+    for actual, right in zip(results, expected, strict=True):
+        agree(actual, right, dtype)
+    r, _ = reference.accumulate(widened(terms))
+    agree(exact(results[0]) + exact(results[2]), r, dtype)
+
+
+@compare
+@every_device
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_split_recovers_a_summand_from_the_sum(backend, device, dtype):
+    a = rand(2, 6, 5, 7, dtype=dtype, device=device)
+    b = rand(2, 6, 5, 7, dtype=dtype, device=device)
+    total = torch.relu(a + b)
+    r = rand(2, 6, 5, 7, dtype=dtype, device=device) * (total > 0)
+    results = backend.split(total, b, [(r, None)], from_sum=True)
+    expected = reference.split(exact(a), exact(b), [(exact(r), None)])
+    for actual, right in zip(results, expected, strict=True):
+        agree(actual, right, dtype, scale=8)
+
+
+@compare
+@every_dtype
+def test_split_by_hand(backend, dtype):
+    tiny, huge = torch.finfo(dtype).smallest_normal / 2, torch.finfo(dtype).max
+    a = torch.tensor([[1, 0, 0, tiny, huge, -huge, 3]], dtype=dtype)
+    b = torch.tensor([[-3, 0, 5, tiny, huge, huge, -1]], dtype=dtype)
+    r = torch.tensor([[1, 1, 1, 1, 1, 1, -8]], dtype=dtype)
+    r_a, s_a, r_b, s_b = backend.split(a, b, [(r, None)])
+    assert r_a.tolist() == [[0.25, 0.5, 0, 0.5, 0.5, 0.5, -6]]
+    assert r_b.tolist() == [[0.75, 0.5, 1, 0.5, 0.5, 0.5, -2]]
+    assert (s_a.item(), s_b.item()) == (8.25, 5.75)
+
+
+@compare
+def test_product_by_hand(backend):
+    x = torch.tensor([[1.0, -2], [0, 3]])
+    g = torch.tensor([[5.0, 7], [11, -13]])
+    q, s = backend.product(x, g)
+    assert q.tolist() == [[5, -14], [0, -39]]
+    assert s.tolist() == [19, 39]
+
+
+@compare
+@every_dtype
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (0,), (2, 0), (2, 3, 0, 4)], ids=str)
+def test_empty(backend, dtype, shape):
+    x = torch.empty(shape, dtype=dtype)
+    for t, s in (
+        backend.product(x, x),
+        backend.accumulate([(x, None), (x, None)]),
+        backend.split(x, x, [(x, None)])[:2],
+    ):
+        assert t.shape == shape
+        assert s.tolist() == [0.0] * shape[0]
+
+
+@needs_extension
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bits_do_not_depend_on_the_thread_count(layout):
+    x = rand(3, 33, 41, 37, dtype=torch.float32, layout=layout)
+    g = rand(3, 33, 41, 37, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        seen = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            q, s = compiled.product(x, g)
+            seen.append((q, s, *compiled.split(x, g, [(g, s)])))
+    finally:
+        torch.set_num_threads(threads)
+    for other in seen[1:]:
+        assert all(torch.equal(u, v) for u, v in zip(seen[0], other, strict=True))
+
+
+@needs_extension
+def test_long_sums_stay_accurate():
+    x = torch.full((1, 3_000_001), 0.1)
+    _, s = compiled.accumulate([(x, None)])
+    assert s.item() == pytest.approx(float(x[0, 0].double()) * 3_000_001, rel=1e-6)
+
+
+@needs_extension
+def test_mixed_arguments_run_on_the_reference():
+    x, g = torch.randn(2, 3), torch.randn(2, 3, dtype=torch.float64)
+    q, _ = compiled.product(x, g)
+    assert q.dtype == torch.float32
+    agree(q, exact(x) * g, torch.float32)
+
+
+@needs_extension
+def test_every_half_survives_and_floats_round_as_in_torch():
+    for dtype in (torch.float16, torch.bfloat16):
+        every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+        q, _ = compiled.product(every, torch.ones_like(every))
+        assert torch.equal(q.isnan(), every.isnan())
+        assert torch.equal(q[~every.isnan()], every[~every.isnan()])
+        bits = torch.randint(-(2**31), 2**31, (200_000,), dtype=torch.int64).to(torch.int32)
+        floats = torch.cat([bits.view(torch.float32), torch.randn(200_000) * 2e-5])
+        floats = floats[floats.isfinite()]
+        # One value per sample, made by the factor: 1 · float, rounded to 16 bits.
+        r, _ = compiled.accumulate([(torch.ones(len(floats), 1, dtype=dtype), floats)])
+        assert torch.equal(r[:, 0], floats.to(dtype))
+
+
+@needs_extension
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_expanded_relevance(layout):
+    r = torch.randn(2, 6, 1, 1).expand(2, 6, 4, 4)
+    a = rand(2, 6, 4, 4, dtype=torch.float32, layout=layout)
+    for actual, right in zip(
+        compiled.split(a, laid_out(a + 1, layout), [(r, None)]),
+        reference.split(exact(a), exact(a) + 1, [(exact(r), None)]),
+        strict=True,
+    ):
+        agree(actual, right, torch.float32)

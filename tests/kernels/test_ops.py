@@ -1,0 +1,151 @@
+"""The ops as PyTorch sees them: schemas, fakes, and what they do with bad arguments."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from captum_rlrp.kernels import compiled
+
+from .common import DIAGONAL, every_device, needs_extension, rand
+
+pytestmark = needs_extension
+ops = torch.ops.captum_rlrp
+
+
+def calls(dtype=torch.float32, layout="contiguous", device="cpu", n=2):
+    """Every op with arguments that it takes."""
+
+    def make(*shape):
+        return rand(*shape, dtype=dtype, layout=layout, device=device)
+
+    x, r = make(n, 6, 9, 8), make(n, 6, 4, 4)
+    f = torch.rand(n, dtype=torch.float64 if dtype == torch.float64 else torch.float32).to(device)
+    window = ([3, 2], [2, 2], [0, 0])
+    shape = [n, 6, 9, 8]
+    return {
+        "product": (x, make(n, 6, 9, 8)),
+        "product_": (x, make(n, 6, 9, 8)),
+        "accumulate": (x, f, make(n, 6, 9, 8), None),
+        "split": (x, make(n, 6, 9, 8), make(n, 6, 9, 8), f, x, f, False),
+        "max_pool": (x, r, *window, [1, 1], False),
+        "adaptive_max_pool": (x, r),
+        "avg_pool": (r, shape, *window, False, True, None),
+        "adaptive_avg_pool": (r, shape),
+    }
+
+
+NAMES = list(calls())
+
+
+@every_device
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("dtype", "layout"), DIAGONAL, ids=str)
+@pytest.mark.parametrize("n", [2, 0])
+def test_opcheck(device, name, dtype, layout, n):
+    torch.library.opcheck(
+        getattr(ops, name).default, calls(dtype, layout, device, n)[name], raise_exception=True
+    )
+
+
+def bad_tensors(value):
+    """Wrong things to put in the place of a tensor."""
+    return {
+        "double": value.double(),
+        "integer": value.to(torch.int64),
+        "complex": value.to(torch.complex64),
+        "one axis more": value[None],
+        "one sample": value[:1],
+        "one column": value[..., :1],
+        "scalar": value.new_empty(()),
+        "two batches": torch.cat([value, value]),
+    }
+
+
+def refused(name, arguments):
+    """Whether the op refuses, in words that name it; a schema's refusal counts."""
+    try:
+        getattr(ops, name)(*arguments)
+    except (RuntimeError, NotImplementedError) as error:
+        return f"captum_rlrp::{name.rstrip('_')}" in str(error)
+    except (ValueError, TypeError, IndexError):
+        return True
+    return False
+
+
+# Tensors that look wrong in the abstract and are right for the op: (op, position, what).
+RIGHT = {
+    ("avg_pool", 0, "double"),
+    ("adaptive_avg_pool", 0, "double"),
+    ("adaptive_max_pool", 0, "one column"),
+    ("adaptive_max_pool", 1, "one column"),
+    ("adaptive_avg_pool", 0, "one column"),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bad_tensors_are_refused(name):
+    good = calls()[name]
+    for position, value in enumerate(good):
+        if not isinstance(value, torch.Tensor):
+            continue
+        for what, bad in bad_tensors(value).items():
+            arguments = [a.clone() if isinstance(a, torch.Tensor) else a for a in good]
+            arguments[position] = bad
+            expected = (name, position, what) not in RIGHT
+            assert refused(name, arguments) == expected, (position, what)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if "pool" in n])
+def test_bad_numbers_are_refused(name):
+    good = calls()[name]
+    for position, value in enumerate(good):
+        if not isinstance(value, list):
+            continue
+        bad_lists = [[-1] * len(value), [2**62] * len(value), value[:1], [*value, 1], []]
+        for bad in bad_lists:
+            assert refused(name, [*good[:position], bad, *good[position + 1 :]]), (position, bad)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_pooling_arguments_never_crash(seed):
+    rng = random.Random(seed)
+    numbers = [-1, 0, 1, 1, 2, 2, 3, 3, 5, 2**31, 2**62]
+    for _ in range(300):
+        rank = rng.choice([1, 2, 2, 3])
+        x = torch.randn(2, 3, *(rng.choice([0, 1, 4, 7]) for _ in range(rank)))
+        r = torch.randn(2, 3, *(rng.choice([0, 1, 2, 3, 4]) for _ in range(rank)))
+        kernel, stride, padding, dilation = (
+            [rng.choice(numbers) for _ in range(rank)] for _ in range(4)
+        )
+        window = (kernel, stride, padding, dilation, rng.random() < 0.5)
+        if not refused("max_pool", (x, r, *window)):
+            result = ops.max_pool(x, r, *window)
+            assert float(result.sum()) == pytest.approx(float(r.sum()), abs=1e-4)
+        average = (kernel, stride, padding, rng.random() < 0.5, True, None)
+        if not refused("avg_pool", (r, x.shape, *average)):
+            ops.avg_pool(r, x.shape, *average)
+
+
+def test_many_axes_fall_back_to_the_reference():
+    x = torch.randn(2, *[1] * 8, 3)
+    q, s = compiled.product(x, x)
+    assert torch.equal(q, x * x)
+    assert s.shape == (2,)
+    with pytest.raises(RuntimeError, match=r"captum_rlrp::product.*axes"):
+        ops.product(x, x)
+
+
+def test_an_expanded_output_is_refused():
+    x = torch.randn(2, 3)
+    with pytest.raises(RuntimeError, match="expanded"):
+        ops.product_(x, torch.randn(2, 1).expand(2, 3))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inputs_that_require_gradients_are_taken(name):
+    first, *rest = calls()[name]
+    with torch.no_grad():
+        getattr(ops, name)(first.requires_grad_(), *rest)

@@ -1,0 +1,705 @@
+"""Every kind of layer and of merge against the float64 oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from captum_rlrp import RelativeLRP
+from tests.oracle import Value, agrees, cat, explain, frozen, randomise_norms, relative_error, stack
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+BATCH = 2
+
+
+def check(model: nn.Module, make_twin: Callable[..., Callable], *inputs: Tensor) -> None:
+    """Compare the package with the oracle in both dtypes, a different target for each sample.
+
+    ``make_twin(model)`` gives the same network in the oracle's words.
+    """
+    model = frozen(randomise_norms(model))
+    inputs = tuple(x.double() for x in inputs)
+    outputs = model(*inputs).shape[1]
+    targets = [(i + 1) % outputs for i in range(inputs[0].shape[0])]
+    agrees(make_twin(model), model, *inputs)
+    expected = explain(make_twin(model), inputs, targets)
+    assert all(e.isfinite().all() for e in expected)
+    assert any(e.abs().sum() > 1e-3 for e in expected), "the example explains nothing"
+
+    for dtype, tolerance in TOLERANCE.items():
+        rlrp = RelativeLRP(frozen(model, dtype))
+        actual, delta = rlrp.attribute(
+            tuple(x.to(dtype) for x in inputs), target=targets, return_convergence_delta=True
+        )
+        for a, e in zip(actual, expected, strict=True):
+            assert a.dtype == dtype
+            assert relative_error(a, e) <= tolerance
+        assert delta.shape == (len(targets),)
+        assert delta.max() <= (1e-10 if dtype == torch.float64 else 1e-3)
+
+
+# ---- chains: x → [layers] → flatten → Linear -----------------------------------------------------
+
+Link = tuple[str, nn.Module]
+
+
+def check_chain(links: list[Link], *shape: int) -> None:
+    """A sequence of modules, each with the oracle's word for it: linear, act or route."""
+    x = torch.randn(BATCH, *shape)
+    body = nn.Sequential(*(module for _, module in links)).eval()
+    features = body(x).flatten(1).shape[1]
+    kinds = [kind for kind, _ in links] + ["linear", "linear"]
+    model = nn.Sequential(*body, nn.Flatten(), nn.Linear(features, 3))
+
+    def make_twin(model: nn.Sequential) -> Callable[[Value], Value]:
+        def twin(x: Value) -> Value:
+            for kind, module in zip(kinds, model, strict=True):
+                x = getattr(x, kind)(module)
+            return x
+
+        return twin
+
+    check(model, make_twin, x)
+
+
+class Call(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, fn: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fn(x)
+
+
+LINEAR_LAYERS = {
+    "linear": (lambda: nn.Linear(5, 4), (5,)),
+    "linear, no bias": (lambda: nn.Linear(5, 4, bias=False), (5,)),
+    "linear on a sequence": (lambda: nn.Linear(5, 4), (3, 5)),
+    "conv1d": (lambda: nn.Conv1d(2, 4, 3), (2, 9)),
+    "conv1d strided, dilated, grouped": (
+        lambda: nn.Conv1d(4, 4, 3, stride=2, dilation=2, groups=2, padding=3),
+        (4, 9),
+    ),
+    "conv1d same": (lambda: nn.Conv1d(2, 3, 4, padding="same", dilation=2), (2, 9)),
+    "conv1d valid": (lambda: nn.Conv1d(2, 3, 4, padding="valid"), (2, 9)),
+    "conv1d reflect": (lambda: nn.Conv1d(2, 3, 3, padding=2, padding_mode="reflect"), (2, 7)),
+    "conv2d": (lambda: nn.Conv2d(3, 4, 3, padding=1), (3, 5, 5)),
+    "conv2d no bias": (lambda: nn.Conv2d(3, 4, 3, bias=False), (3, 5, 5)),
+    "conv2d oblong": (
+        lambda: nn.Conv2d(2, 4, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)),
+        (2, 5, 6),
+    ),
+    "conv2d grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1), (4, 4, 4)),
+    "conv2d depthwise": (lambda: nn.Conv2d(3, 6, 3, groups=3, padding=1), (3, 4, 4)),
+    "conv2d pointwise": (lambda: nn.Conv2d(3, 4, 1), (3, 4, 4)),
+    "conv2d one channel": (lambda: nn.Conv2d(1, 4, 3, padding=1), (1, 5, 5)),
+    "conv2d stride skips a column": (lambda: nn.Conv2d(2, 3, 3, stride=2), (2, 6, 6)),
+    "conv2d same": (lambda: nn.Conv2d(2, 3, (4, 3), padding="same"), (2, 5, 5)),
+    "conv2d valid": (lambda: nn.Conv2d(2, 3, 3, padding="valid"), (2, 5, 5)),
+    "conv2d same reflect": (
+        lambda: nn.Conv2d(2, 3, 3, padding="same", padding_mode="reflect"),
+        (2, 5, 5),
+    ),
+    "conv2d reflect": (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), (2, 5, 5)),
+    "conv2d replicate": (
+        lambda: nn.Conv2d(2, 3, 3, padding=(1, 2), padding_mode="replicate"),
+        (2, 5, 5),
+    ),
+    "conv2d circular": (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), (2, 5, 5)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 2, stride=(1, 2, 1), padding=(1, 0, 0)), (2, 3, 4, 3)),
+    "conv3d replicate": (
+        lambda: nn.Conv3d(2, 2, 3, padding=1, padding_mode="replicate"),
+        (2, 3, 3, 3),
+    ),
+    "conv3d grouped, dilated": (
+        lambda: nn.Conv3d(2, 4, 2, groups=2, dilation=(1, 2, 1)),
+        (2, 2, 4, 3),
+    ),
+    "conv_transpose1d": (
+        lambda: nn.ConvTranspose1d(4, 4, 3, stride=2, padding=1, output_padding=1, groups=2),
+        (4, 5),
+    ),
+    "conv_transpose2d": (
+        lambda: nn.ConvTranspose2d(3, 2, 3, stride=2, padding=1, output_padding=(0, 1)),
+        (3, 3, 3),
+    ),
+    "conv_transpose2d dilated": (
+        lambda: nn.ConvTranspose2d(2, 3, (3, 2), dilation=(1, 2), bias=False),
+        (2, 3, 3),
+    ),
+    "conv_transpose3d": (lambda: nn.ConvTranspose3d(2, 2, 2, stride=(1, 2, 1)), (2, 2, 2, 3)),
+    "avg_pool1d": (lambda: nn.AvgPool1d(3, stride=2, padding=1), (3, 7)),
+    "avg_pool2d": (lambda: nn.AvgPool2d(2), (2, 4, 4)),
+    "avg_pool2d with every option": (
+        lambda: nn.AvgPool2d(3, 2, padding=1, ceil_mode=True, count_include_pad=False),
+        (2, 6, 5),
+    ),
+    "avg_pool2d divisor": (lambda: nn.AvgPool2d(2, divisor_override=3), (2, 4, 4)),
+    "avg_pool3d": (lambda: nn.AvgPool3d(2, stride=1), (2, 3, 2, 3)),
+    "adaptive_avg_pool1d": (lambda: nn.AdaptiveAvgPool1d(3), (2, 7)),
+    "adaptive_avg_pool2d": (lambda: nn.AdaptiveAvgPool2d((2, 3)), (2, 5, 7)),
+    "adaptive_avg_pool2d global": (lambda: nn.AdaptiveAvgPool2d(1), (3, 4, 4)),
+    "adaptive_avg_pool3d": (lambda: nn.AdaptiveAvgPool3d((1, 2, None)), (2, 3, 3, 2)),
+    "mean over space": (lambda: Call(lambda x: x.mean((2, 3))), (3, 4, 4)),
+    "mean, kept axis": (lambda: Call(lambda x: torch.mean(x, dim=-1, keepdim=True)), (3, 4)),
+    "sum over space": (lambda: Call(lambda x: x.sum(dim=(2, 3))), (3, 4, 4)),
+    "interpolate bilinear": (
+        lambda: Call(lambda x: F.interpolate(x, (5, 7), mode="bilinear")),
+        (2, 3, 4),
+    ),
+    "interpolate aligned corners": (
+        lambda: Call(
+            lambda x: F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+        ),
+        (2, 3, 3),
+    ),
+    "interpolate linear": (
+        lambda: Call(lambda x: F.interpolate(x, scale_factor=2, mode="linear")),
+        (2, 4),
+    ),
+    "interpolate bicubic": (
+        lambda: Call(lambda x: F.interpolate(x, scale_factor=2, mode="bicubic")),
+        (2, 3, 3),
+    ),
+    "matmul with a constant": (
+        lambda: Call(lambda x: x @ torch.arange(8, dtype=x.dtype).reshape(4, 2).sub(3.5)),
+        (3, 4),
+    ),
+    "bilinear form with a constant": (
+        lambda: Call(
+            lambda x: torch.einsum("bij,jk->bik", x, torch.linspace(-1, 1, 8).to(x).reshape(4, 2))
+        ),
+        (3, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR_LAYERS)
+def test_linear_layer(name: str) -> None:
+    factory, shape = LINEAR_LAYERS[name]
+    check_chain([("linear", factory()), ("act", nn.LeakyReLU(0.1))], *shape)
+
+
+# Between two linear maps: one section from end to end.
+INSIDE_A_SECTION = {
+    "batch norm": (lambda: nn.BatchNorm2d(4), "2d"),
+    "batch norm, not affine": (lambda: nn.BatchNorm2d(4, affine=False), "2d"),
+    "batch norm 1d": (lambda: nn.BatchNorm1d(4), "1d"),
+    "batch norm 3d": (lambda: nn.BatchNorm3d(4), "3d"),
+    "average pool": (lambda: nn.AvgPool2d(2, 1), "2d"),
+    "another convolution": (lambda: nn.Conv2d(4, 3, 2), "2d"),
+    "nearest upsampling": (lambda: nn.Upsample(scale_factor=2), "2d"),
+    "identity": (lambda: nn.Identity(), "2d"),
+    "constant factor": (lambda: Call(lambda x: 0.5 * x), "2d"),
+    "negation": (lambda: Call(lambda x: -x), "2d"),
+    "division by a constant": (lambda: Call(lambda x: x / 3.0), "2d"),
+    "constant summand": (lambda: Call(lambda x: x + 1.5), "2d"),
+    "constant minus it": (lambda: Call(lambda x: 1.0 - x), "2d"),
+    "constant tensors": (
+        lambda: Call(lambda x: x * torch.tensor([1.0, -2, 3, 0.5]).to(x)[:, None, None] + 0.1),
+        "2d",
+    ),
+    "permute": (lambda: Call(lambda x: x.permute(0, 2, 3, 1)), "2d"),
+    "transpose": (lambda: Call(lambda x: x.transpose(1, 3)), "2d"),
+    "reshape": (lambda: Call(lambda x: x.reshape(x.shape[0], 2, -1)), "2d"),
+    "view by size()": (lambda: Call(lambda x: x.view(x.size(0), -1)), "2d"),
+    "flatten": (lambda: Call(lambda x: torch.flatten(x, 1)), "2d"),
+    "unflatten": (lambda: nn.Unflatten(1, (2, 2)), "2d"),
+    "unsqueeze and squeeze": (lambda: Call(lambda x: x.unsqueeze(1).squeeze(1)), "2d"),
+    "slice": (lambda: Call(lambda x: x[:, 1:3, ::2, -2:]), "2d"),
+    "one index": (lambda: Call(lambda x: x[:, 2]), "2d"),
+    "select": (lambda: Call(lambda x: x.select(2, 1)), "2d"),
+    "narrow": (lambda: Call(lambda x: x.narrow(1, 1, 2)), "2d"),
+    "flip": (lambda: Call(lambda x: x.flip(-1)), "2d"),
+    "roll": (lambda: Call(lambda x: torch.roll(x, 1, -1)), "2d"),
+    "expand": (lambda: Call(lambda x: x[:, None].expand(-1, 2, -1, -1, -1)), "2d"),
+    "repeat": (lambda: Call(lambda x: x.repeat(1, 2, 1, 1)), "2d"),
+    "pad by a constant": (lambda: Call(lambda x: F.pad(x, (1, 0, 2, 1), value=0.5)), "2d"),
+    "zero padding": (lambda: nn.ZeroPad2d(1), "2d"),
+    "reflection padding": (lambda: nn.ReflectionPad2d(1), "2d"),
+    "replication padding": (lambda: nn.ReplicationPad2d((0, 1, 2, 0)), "2d"),
+    "circular padding": (lambda: Call(lambda x: F.pad(x, (1, 1), mode="circular")), "1d"),
+    "pixel shuffle": (lambda: nn.PixelShuffle(2), "2d"),
+    "contiguous and clone": (lambda: Call(lambda x: x.contiguous().clone()), "2d"),
+    "mean": (lambda: Call(lambda x: x.mean(1)), "2d"),
+}
+
+
+@pytest.mark.parametrize("name", INSIDE_A_SECTION)
+def test_inside_a_section(name: str) -> None:
+    factory, dims = INSIDE_A_SECTION[name]
+    n = int(dims[0])
+    conv = [nn.Conv1d, nn.Conv2d, nn.Conv3d][n - 1]
+    first = conv(2, 4, 3, padding=1)
+    check_chain([("linear", first), ("linear", factory())], 2, *[4, 3, 3][:n])
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_alone_passes_relevance_through(dims: int, affine: bool) -> None:
+    norm = [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d][dims - 1](3, affine=affine)
+    conv = [nn.Conv1d, nn.Conv2d, nn.Conv3d][dims - 1](2, 3, 2)
+    links = [("linear", conv), ("act", nn.ReLU()), ("linear", norm), ("act", nn.ReLU())]
+    check_chain(links, 2, *[4, 4, 3][:dims])
+
+
+def test_batch_norm_on_the_input() -> None:
+    check_chain([("linear", nn.BatchNorm1d(5)), ("act", nn.Tanh()), ("linear", nn.Linear(5, 4))], 5)
+
+
+def test_batch_norm_on_rows() -> None:
+    check_chain([("linear", nn.Linear(4, 5)), ("linear", nn.BatchNorm1d(5)), ("act", nn.ReLU())], 4)
+
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "relu in place": lambda: nn.ReLU(inplace=True),
+    "F.relu": lambda: Call(F.relu),
+    "torch.relu_": lambda: Call(torch.relu_),
+    "leaky_relu": lambda: nn.LeakyReLU(0.2),
+    "leaky_relu in place": lambda: nn.LeakyReLU(0.2, inplace=True),
+    "elu": lambda: nn.ELU(0.7),
+    "selu": nn.SELU,
+    "celu": nn.CELU,
+    "gelu": nn.GELU,
+    "gelu tanh": lambda: nn.GELU("tanh"),
+    "silu": nn.SiLU,
+    "mish": nn.Mish,
+    "sigmoid": nn.Sigmoid,
+    "logsigmoid": nn.LogSigmoid,
+    "tanh": nn.Tanh,
+    "hardswish": nn.Hardswish,
+    "hardsigmoid": nn.Hardsigmoid,
+    "hardtanh": nn.Hardtanh,
+    "relu6": nn.ReLU6,
+    "softplus": lambda: nn.Softplus(2.0),
+    "softsign": nn.Softsign,
+    "tanhshrink": nn.Tanhshrink,
+    "hardshrink": lambda: nn.Hardshrink(0.1),
+    "softshrink": lambda: nn.Softshrink(0.1),
+    "threshold": lambda: nn.Threshold(0.1, 0.2),
+    "prelu": nn.PReLU,
+    "prelu per channel": lambda: nn.PReLU(4),
+    "clamp": lambda: Call(lambda x: x.clamp(-0.5, 0.5)),
+    "clamp from below": lambda: Call(lambda x: torch.clamp(x, min=0)),
+    "abs": lambda: Call(torch.abs),
+    "square": lambda: Call(lambda x: x**2),
+    "exp": lambda: Call(torch.exp),
+    "sqrt": lambda: Call(lambda x: torch.sqrt(x * x + 1.0)),
+    "softmax": lambda: nn.Softmax(1),
+    "log_softmax": lambda: nn.LogSoftmax(-1),
+    "layer norm": lambda: _norm(nn.LayerNorm([4, 4, 4])),
+    "layer norm, no affine": lambda: nn.LayerNorm([4, 4], elementwise_affine=False),
+    "group norm": lambda: _norm(nn.GroupNorm(2, 4)),
+    "instance norm": lambda: _norm(nn.InstanceNorm2d(4, affine=True)),
+    "instance norm, no affine": lambda: nn.InstanceNorm2d(4),
+}
+
+
+def _norm(norm: nn.Module) -> nn.Module:
+    nn.init.uniform_(norm.weight, -1.5, 1.5)
+    nn.init.normal_(norm.bias)
+    return norm
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation(name: str) -> None:
+    check_chain([("linear", nn.Conv2d(2, 4, 3, padding=1)), ("act", ACTIVATIONS[name]())], 2, 4, 4)
+
+
+def test_dropout_in_eval_mode() -> None:
+    for dropout in (nn.Dropout(0.5), nn.Dropout2d(0.5), nn.AlphaDropout(0.5)):
+        conv = nn.Conv2d(2, 3, 2)
+        check_chain([("linear", conv), ("act", nn.ReLU()), ("act", dropout)], 2, 3, 3)
+
+
+CHOICES = {
+    "max_pool1d": (lambda: nn.MaxPool1d(3, 2, padding=1), (6,)),
+    "max_pool1d dilated": (lambda: nn.MaxPool1d(2, 1, dilation=3), (7,)),
+    "max_pool2d": (lambda: nn.MaxPool2d(2), (4, 4)),
+    "max_pool2d overlapping": (lambda: nn.MaxPool2d(3, 2, padding=1), (5, 6)),
+    "max_pool2d oblong": (lambda: nn.MaxPool2d((2, 3), (1, 2), (1, 0), (2, 1)), (5, 6)),
+    "max_pool2d ceil": (lambda: nn.MaxPool2d(2, ceil_mode=True), (5, 3)),
+    "max_pool3d": (lambda: nn.MaxPool3d(2, 1, padding=(0, 1, 0)), (3, 2, 3)),
+    "adaptive_max_pool1d": (lambda: nn.AdaptiveMaxPool1d(3), (7,)),
+    "adaptive_max_pool2d": (lambda: nn.AdaptiveMaxPool2d((2, 3)), (5, 4)),
+    "adaptive_max_pool2d global": (lambda: nn.AdaptiveMaxPool2d(1), (4, 4)),
+    "adaptive_max_pool3d": (lambda: nn.AdaptiveMaxPool3d((1, 2, 2)), (2, 3, 4)),
+    "amax": (lambda: Call(lambda x: x.amax((2, 3))), (3, 4)),
+    "amax kept": (lambda: Call(lambda x: torch.amax(x, 1, keepdim=True)), (3, 4)),
+    "max over an axis": (lambda: Call(lambda x: x.max(dim=-1).values), (3, 4)),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("after_relu", [False, True])
+def test_choice(name: str, after_relu: bool) -> None:
+    factory, size = CHOICES[name]
+    conv = [nn.Conv1d, nn.Conv2d, nn.Conv3d][len(size) - 1](2, 3, 3, padding=1)
+    act = nn.ReLU() if after_relu else nn.Tanh()
+    check_chain([("linear", conv), ("act", act), ("route", factory())], 2, *size)
+
+
+def test_max_pool_inside_a_chain_of_linear_maps_ends_the_section() -> None:
+    conv, pool, again = nn.Conv2d(2, 3, 3), nn.MaxPool2d(2), nn.Conv2d(3, 2, 2)
+    check_chain([("linear", conv), ("route", pool), ("linear", again)], 2, 8, 8)
+
+
+# ---- graphs: written twice, once for torch and once for the oracle -------------------------------
+
+
+class Graph(nn.Module):
+    """Two branches from one stem, joined by ``join``, and a head."""
+
+    def __init__(self, join: Callable[..., Tensor], features: int) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 4)
+        self.left = nn.Linear(4, 4)
+        self.right = nn.Linear(4, 4)
+        self.join = join
+        self.head = nn.Linear(features, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.stem(x))
+        return self.head(self.join(self.left(h), self.right(h)).flatten(1))
+
+
+JOINS: dict[str, tuple[Callable[..., Tensor], Callable[..., Value], int]] = {
+    "a + b": (lambda a, b: a + b, lambda a, b: a + b, 4),
+    "torch.add with alpha": (
+        lambda a, b: torch.add(a, b, alpha=2.5),
+        lambda a, b: a + b.linear(lambda t: 2.5 * t),
+        4,
+    ),
+    "a - b": (lambda a, b: a - b, lambda a, b: a - b, 4),
+    "in-place sum": (lambda a, b: a.add_(b), lambda a, b: a + b, 4),
+    "a + a": (lambda a, b: a + a + b, lambda a, b: (a + a) + b, 4),
+    "sum of three": (
+        lambda a, b: a + b + torch.tanh(a),
+        lambda a, b: (a + b) + a.act(torch.tanh),
+        4,
+    ),
+    "broadcast along a kept axis": (
+        lambda a, b: a + b.mean(1, keepdim=True),
+        lambda a, b: a + b.linear(lambda t: t.mean(1, keepdim=True)),
+        4,
+    ),
+    "broadcast along a new axis": (
+        lambda a, b: a.reshape(-1, 2, 2) + b[:, None, :2],
+        lambda a, b: a.linear(lambda t: t.reshape(-1, 2, 2)) + b.linear(lambda t: t[:, None, :2]),
+        4,
+    ),
+    "broadcast difference": (
+        lambda a, b: a.mean(1, keepdim=True) - b,
+        lambda a, b: a.linear(lambda t: t.mean(1, keepdim=True)) - b,
+        4,
+    ),
+    "both broadcast": (
+        lambda a, b: a[:, :, None] + b[:, None, :],
+        lambda a, b: a.linear(lambda t: t[:, :, None]) + b.linear(lambda t: t[:, None, :]),
+        16,
+    ),
+    "product": (lambda a, b: a * b, lambda a, b: a * b, 4),
+    "square by hand": (lambda a, b: a * a + b, lambda a, b: (a * a) + b, 4),
+    "gate": (
+        lambda a, b: a * torch.sigmoid(b.mean(1, keepdim=True)),
+        lambda a, b: a * b.linear(lambda t: t.mean(1, keepdim=True)).act(torch.sigmoid),
+        4,
+    ),
+    "gate first": (
+        lambda a, b: torch.sigmoid(b[:, :1]) * a,
+        lambda a, b: b.linear(lambda t: t[:, :1]).act(torch.sigmoid) * a,
+        4,
+    ),
+    "gate of equal shape": (
+        lambda a, b: a * torch.sigmoid(b),
+        lambda a, b: a * b.act(torch.sigmoid),
+        4,
+    ),
+    "cat": (lambda a, b: torch.cat([a, b], 1), lambda a, b: cat([a, b], 1), 8),
+    "cat with itself": (
+        lambda a, b: torch.cat([a, b, a], dim=-1),
+        lambda a, b: cat([a, b, a], -1),
+        12,
+    ),
+    "stack": (lambda a, b: torch.stack([a, b], 1), lambda a, b: stack([a, b], 1), 8),
+    "stack, then mean": (
+        lambda a, b: torch.stack([a, b], 2).mean(2),
+        lambda a, b: stack([a, b], 2).linear(lambda t: t.mean(2)),
+        4,
+    ),
+    "maximum": (
+        torch.maximum,
+        lambda a, b: stack([a, b], 0).route(lambda t: t.amax(0)),
+        4,
+    ),
+    "chunks": (
+        lambda a, b: _gated(*a.chunk(2, 1)) + b[:, :2],
+        lambda a, b: (
+            a.linear(lambda t: t[:, :2]) * a.linear(lambda t: t[:, 2:]).act(torch.tanh)
+            + b.linear(lambda t: t[:, :2])
+        ),
+        2,
+    ),
+    "splits of unequal size": (
+        lambda a, b: _relu_second(*torch.cat([a, b], 1).split([3, 5], 1)),
+        lambda a, b: _split_twin(cat([a, b], 1)),
+        8,
+    ),
+    "unbind": (
+        lambda a, b: _difference(*torch.stack([a, b], 1).unbind(1)),
+        lambda a, b: _unbind_twin(stack([a, b], 1)),
+        4,
+    ),
+    "slices that overlap": (
+        lambda a, b: a[:, :3] + a[:, 1:] * 0.5 + b[:, 1:],
+        lambda a, b: (
+            a.linear(lambda t: t[:, :3])
+            + a.linear(lambda t: t[:, 1:] * 0.5)
+            + b.linear(lambda t: t[:, 1:])
+        ),
+        3,
+    ),
+}
+
+
+def _gated(a: Tensor, b: Tensor) -> Tensor:
+    return a * torch.tanh(b)
+
+
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    return a - torch.tanh(b)
+
+
+def _relu_second(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cat([a, torch.relu(b)], 1)
+
+
+def _split_twin(v: Value) -> Value:
+    return cat([v.linear(lambda t: t[:, :3]), v.linear(lambda t: t[:, 3:]).act(torch.relu)], 1)
+
+
+def _unbind_twin(v: Value) -> Value:
+    return v.linear(lambda t: t[:, 0]) - v.linear(lambda t: t[:, 1]).act(torch.tanh)
+
+
+@pytest.mark.parametrize("name", JOINS)
+def test_join(name: str) -> None:
+    join, twin_join, features = JOINS[name]
+
+    def make_twin(m: Graph) -> Callable[[Value], Value]:
+        def twin(x: Value) -> Value:
+            h = x.linear(m.stem).act(torch.tanh)
+            joined = twin_join(h.linear(m.left), h.linear(m.right))
+            return joined.linear(lambda t: t.flatten(1)).linear(m.head)
+
+        return twin
+
+    check(Graph(join, features), make_twin, torch.randn(BATCH, 6))
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(5, 4), nn.Conv1d(2, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.head(F.relu(self.a(a) + self.b(b).mean(-1)) + a[:, :4])
+
+
+def test_several_inputs() -> None:
+    def make_twin(m: TwoInputs) -> Callable[[Value, Value], Value]:
+        def twin(a: Value, b: Value) -> Value:
+            joined = a.linear(m.a) + b.linear(m.b).linear(lambda t: t.mean(-1))
+            return (joined.act(F.relu) + a.linear(lambda t: t[:, :4])).linear(m.head)
+
+        return twin
+
+    check(TwoInputs(), make_twin, torch.randn(BATCH, 5), torch.randn(BATCH, 2, 6))
+
+
+class Reused(nn.Module):
+    """One module called twice, once on its own output, and a ReLU shared by all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.relu, self.head = nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.relu(self.layer(x))
+        h = self.relu(self.layer(h) + x)
+        return self.head(self.layer(h))
+
+
+def test_module_used_several_times() -> None:
+    def make_twin(m: Reused) -> Callable[[Value], Value]:
+        def twin(x: Value) -> Value:
+            h = x.linear(m.layer).act(F.relu)
+            h = (h.linear(m.layer) + x).act(F.relu)
+            return h.linear(m.layer).linear(m.head)
+
+        return twin
+
+    check(Reused(), make_twin, torch.randn(BATCH, 4))
+
+
+class InPlace(nn.Module):
+    """``h.relu_()`` changes h for every later reader."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.one(x)
+        early = h * 2.0
+        h.relu_()
+        h += self.two(h)
+        return self.head(h + early)
+
+
+def test_in_place_operations() -> None:
+    def make_twin(m: InPlace) -> Callable[[Value], Value]:
+        def twin(x: Value) -> Value:
+            h = x.linear(m.one)
+            early = h.linear(lambda t: 2.0 * t)
+            h = h.act(torch.relu)
+            h = h + h.linear(m.two)
+            return (h + early).linear(m.head)
+
+        return twin
+
+    check(InPlace(), make_twin, torch.randn(BATCH, 4))
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)
+        self.down, self.up = nn.Conv2d(4, 2, 1), nn.Conv2d(2, 4, 1)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.silu(self.norm(self.conv(x)))
+        gate = F.adaptive_avg_pool2d(h, 1)
+        gate = torch.sigmoid(self.up(F.silu(self.down(gate))))
+        return self.head((h * gate).mean((2, 3)))
+
+
+def test_squeeze_and_excitation() -> None:
+    def make_twin(m: SqueezeExcite) -> Callable[[Value], Value]:
+        def twin(x: Value) -> Value:
+            h = x.linear(m.conv).linear(m.norm).act(F.silu)
+            gate = h.linear(lambda t: t.mean((2, 3), keepdim=True)).linear(m.down).act(F.silu)
+            gate = gate.linear(m.up).act(torch.sigmoid)
+            return (h * gate).linear(lambda t: t.mean((2, 3))).linear(m.head)
+
+        return twin
+
+    check(SqueezeExcite(), make_twin, torch.randn(BATCH, 2, 5, 5))
+
+
+class DeadEnd(nn.Module):
+    """A value that a dead branch reads too is no fan-out: only what reaches the output counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.side = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.one(x)
+        self.side(h).relu()
+        return self.two(h)
+
+
+def test_a_branch_that_ends_nowhere_is_no_boundary() -> None:
+    def make_twin(m: DeadEnd) -> Callable[[Value], Value]:
+        return lambda x: x.linear(m.one).linear(m.two)
+
+    check(DeadEnd(), make_twin, torch.randn(BATCH, 4))
+
+
+class FanOut(nn.Module):
+    """The same h inside a chain of linear maps, but read twice: a boundary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.one(x)
+        return self.two(h) + self.three(h)
+
+
+def test_fan_out_ends_a_section() -> None:
+    def make_twin(m: FanOut) -> Callable[[Value], Value]:
+        def twin(x: Value) -> Value:
+            h = x.linear(m.one)
+            return h.linear(m.two) + h.linear(m.three)
+
+        return twin
+
+    check(FanOut(), make_twin, torch.randn(BATCH, 4))
+
+
+class Nested(nn.Module):
+    """DenseNet in small: every layer reads all before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(2 * (i + 1), 2, 3, padding=1) for i in range(3))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(2 * (i + 1)) for i in range(3))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [x]
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            parts.append(layer(F.relu(norm(torch.cat(parts, 1)))))
+        return self.head(torch.cat(parts, 1).mean((-2, -1)))
+
+
+def test_dense_connections() -> None:
+    def make_twin(m: Nested) -> Callable[[Value], Value]:
+        def twin(x: Value) -> Value:
+            parts = [x]
+            for norm, layer in zip(m.norms, m.layers, strict=True):
+                parts.append(cat(parts, 1).linear(norm).act(F.relu).linear(layer))
+            return cat(parts, 1).linear(lambda t: t.mean((-2, -1))).linear(m.head)
+
+        return twin
+
+    check(Nested(), make_twin, torch.randn(BATCH, 2, 4, 4))
+
+
+class WithParameters(nn.Module):
+    """Parameters and buffers used directly are constants, also when computed from each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 5))
+        self.scale = nn.Parameter(torch.rand(4) + 0.5)
+        self.register_buffer("mean", torch.randn(5))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight / self.weight.norm(dim=1, keepdim=True)
+        h = F.linear((x - self.mean) / 0.3, weight) * torch.exp(self.scale)
+        return self.head(torch.relu(h))
+
+
+def test_constants_computed_from_parameters() -> None:
+    def make_twin(m: WithParameters) -> Callable[[Value], Value]:
+        def twin(x: Value) -> Value:
+            weight = m.weight / m.weight.norm(dim=1, keepdim=True)
+            h = x.linear(lambda t: F.linear((t - m.mean) / 0.3, weight) * torch.exp(m.scale))
+            return h.act(torch.relu).linear(m.head)
+
+        return twin
+
+    check(WithParameters(), make_twin, torch.randn(BATCH, 5))
