@@ -1,0 +1,174 @@
+"""Each compiled kernel against the plain ATen composition it replaces.
+
+    pytest benchmarks/test_kernels.py --benchmark-group-by=group
+
+Both sides of a group run in the same process, so their ratio means something even on a busy
+machine. Sizes are those of VGG16 and ResNet50 at 224², a few images at a time.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from captum_rlrp.kernels import compiled, reference
+
+pytest.importorskip("pytest_benchmark")
+if not compiled.available():
+    pytest.skip(f"extension not loaded: {compiled.load_error()}", allow_module_level=True)
+
+aten = torch.ops.aten
+DEVICE = "cuda" if torch.cuda.is_available() and compiled.cuda_available() else "cpu"
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# (N, C, H, W): after VGG16's second convolution, in ResNet50's second and fourth stage.
+ELEMENTWISE = {
+    "vgg16.conv1_2": (2, 64, 224, 224),
+    "resnet50.layer2": (4, 512, 28, 28),
+    "resnet50.layer4": (8, 2048, 7, 7),
+}
+MAX_POOLS = {
+    "vgg16.pool1": ((2, 64, 224, 224), (2, 2, 0)),
+    "vgg16.pool4": ((4, 512, 28, 28), (2, 2, 0)),
+    "resnet50.maxpool": ((4, 64, 112, 112), (3, 2, 1)),
+}
+AVERAGE_POOLS = {
+    "resnet50.avgpool": ((8, 2048, 7, 7), (1, 1)),
+    "vgg16.avgpool": ((4, 512, 14, 14), (7, 7)),
+}
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request):
+    return LAYOUTS[request.param]
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request):
+    return DTYPES[request.param]
+
+
+def make(shape, dtype, layout):
+    torch.manual_seed(0)
+    return torch.randn(shape, device=DEVICE).to(dtype).contiguous(memory_format=layout)
+
+
+def measure(benchmark, group, run):
+    benchmark.group = group
+
+    def timed():
+        result = run()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        return result
+
+    benchmark.pedantic(timed, rounds=7, warmup_rounds=2)
+
+
+def plain_product(x, g):
+    q = x * g
+    return q, q.abs().sum((1, 2, 3), dtype=torch.float32)
+
+
+def plain_accumulate(t, f, u, h):
+    shape = (-1, 1, 1, 1)
+    r = (t * f.view(shape) + u * h.view(shape)).to(t.dtype)
+    return r, r.abs().sum((1, 2, 3), dtype=torch.float32)
+
+
+def plain_split(a, b, t, f):
+    size_a, size_b = a.abs(), b.abs()
+    total = size_a + size_b
+    share = torch.where(total == 0, 0.5, size_a / total)
+    r = (t * f.view(-1, 1, 1, 1)).to(t.dtype)
+    r_a = r * share
+    r_b = r - r_a
+    return r_a, r_a.abs().sum((1, 2, 3)), r_b, r_b.abs().sum((1, 2, 3))
+
+
+def plain_max_pool(x, r, kernel, stride, padding):
+    window = ([kernel] * 2, [stride] * 2, [padding] * 2, [1, 1], False)
+    _, index = aten.max_pool2d_with_indices(x, *window)
+    return aten.max_pool2d_with_indices_backward(r, x, *window, index)
+
+
+@pytest.mark.parametrize("side", ["aten", "compiled"])
+@pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.parametrize("kernel", ["product", "accumulate", "split"])
+def test_elementwise(benchmark, kernel, name, side, dtype, layout):
+    x, g, t = (make(ELEMENTWISE[name], dtype, layout) for _ in range(3))
+    f = torch.rand(len(x), device=DEVICE)
+    run = {
+        ("product", "aten"): lambda: plain_product(x, g),
+        ("product", "compiled"): lambda: compiled.product(x, g),
+        ("accumulate", "aten"): lambda: plain_accumulate(x, f, g, f),
+        ("accumulate", "compiled"): lambda: compiled.accumulate([(x, f), (g, f)]),
+        ("split", "aten"): lambda: plain_split(x, g, t, f),
+        ("split", "compiled"): lambda: compiled.split(x, g, [(t, f)]),
+    }[kernel, side]
+    measure(benchmark, f"{kernel} {name} {dtype} {layout}", run)
+
+
+@pytest.mark.parametrize("side", ["aten", "compiled"])
+@pytest.mark.parametrize("name", MAX_POOLS)
+def test_max_pool(benchmark, name, side, dtype, layout):
+    shape, window = MAX_POOLS[name]
+    x = make(shape, dtype, layout)
+    r = torch.randn_like(torch.nn.functional.max_pool2d(x, *window))
+    run = {
+        "aten": lambda: plain_max_pool(x, r, *window),
+        "compiled": lambda: compiled.max_pool(x, r, *window),
+    }[side]
+    measure(benchmark, f"max_pool {name} {dtype} {layout}", run)
+
+
+@pytest.mark.parametrize("side", ["aten", "compiled"])
+@pytest.mark.parametrize("name", AVERAGE_POOLS)
+def test_adaptive_avg_pool(benchmark, name, side, dtype, layout):
+    shape, size = AVERAGE_POOLS[name]
+    r = make((*shape[:2], *size), dtype, layout)
+    x = make(shape, dtype, layout)
+    run = {
+        "aten": lambda: aten._adaptive_avg_pool2d_backward(r, x),
+        "compiled": lambda: compiled.adaptive_avg_pool(r, shape),
+    }[side]
+    measure(benchmark, f"adaptive_avg_pool {name} {dtype} {layout}", run)
+
+
+@pytest.mark.parametrize("side", ["aten", "compiled"])
+def test_avg_pool(benchmark, side, dtype, layout):
+    shape = (4, 256, 56, 56)  # densenet121.transition1
+    x, r = make(shape, dtype, layout), make((4, 256, 28, 28), dtype, layout)
+    two, none = [2, 2], [0, 0]
+    run = {
+        "aten": lambda: aten.avg_pool2d_backward(r, x, two, two, none, False, True, None),
+        "compiled": lambda: compiled.avg_pool(r, shape, 2),
+    }[side]
+    measure(benchmark, f"avg_pool densenet121.transition1 {dtype} {layout}", run)
+
+
+@pytest.mark.parametrize("side", ["one-hot", "rows"])
+def test_start_at_a_target(benchmark, side):
+    weight, index = torch.randn(1000, 2048, device=DEVICE), torch.arange(8, device=DEVICE)
+    one_hot = torch.nn.functional.one_hot(index, 1000).float()
+    run = {
+        "one-hot": lambda: reference.linear(one_hot, weight),
+        "rows": lambda: compiled.linear_rows(weight, index),
+    }[side]
+    measure(benchmark, "start resnet50.fc", run)
+
+
+@pytest.mark.parametrize("side", ["aten", "compiled"])
+@pytest.mark.parametrize("name", ["vgg16.conv1_1", "resnet50.conv1"])
+def test_first_layer(benchmark, name, side, layout):
+    kernel, stride, padding, out = {
+        "vgg16.conv1_1": (3, 1, 1, 224),
+        "resnet50.conv1": (7, 2, 3, 112),
+    }[name]
+    x = make((2, 3, 224, 224), torch.float32, layout)
+    g = make((2, 64, out, out), torch.float32, layout)
+    weight = make((64, 3, kernel, kernel), torch.float32, layout)
+    backend = {"aten": reference, "compiled": compiled}[side]
+    run = lambda: backend.conv_product(x, g, weight, stride, padding)  # noqa: E731
+    measure(benchmark, f"first layer {name} {layout}", run)

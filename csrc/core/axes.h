@@ -1,0 +1,68 @@
+// Where the elements of one sample lie, for several tensors of one shape and any strides.
+//
+// Axes of size 1 are dropped, the rest sorted by the first tensor's strides and merged where all
+// tensors allow it. Tensors that share a dense layout (contiguous, channels_last, ...) become one axis.
+#pragma once
+
+#include "scalar.h"
+
+namespace rlrp {
+
+constexpr int kMaxAxes = 8;
+
+template <int K>
+struct Axes {
+  int rank = 0;
+  int64_t size[kMaxAxes] = {};
+  int64_t stride[K][kMaxAxes] = {};  // the last axis is the innermost
+
+  RLRP_HD int64_t numel() const {
+    int64_t count = 1;
+    for (int axis = 0; axis < rank; ++axis) count *= size[axis];
+    return count;
+  }
+
+  // Length of the innermost axis: the rows that kernels run along.
+  RLRP_HD int64_t row() const { return rank == 0 ? 1 : size[rank - 1]; }
+
+  RLRP_HD int64_t step(int k) const { return rank == 0 ? 1 : stride[k][rank - 1]; }
+
+  // Offsets of the element at position `index`, counted with the innermost axis fastest.
+  RLRP_HD void offsets(int64_t index, int64_t* out) const {
+    for (int k = 0; k < K; ++k) out[k] = 0;
+    for (int axis = rank - 1; axis >= 0; --axis) {
+      const int64_t quotient = index / size[axis];
+      const int64_t coordinate = index - quotient * size[axis];
+      for (int k = 0; k < K; ++k) out[k] += coordinate * stride[k][axis];
+      index = quotient;
+    }
+  }
+};
+
+// `size` and the strides cover the axes of one sample (no batch axis); rank <= kMaxAxes.
+template <int K>
+Axes<K> simplify(int rank, const int64_t* size, const int64_t* const (&stride)[K]) {
+  int order[kMaxAxes];
+  int kept = 0;
+  for (int axis = 0; axis < rank; ++axis) {
+    if (size[axis] == 1) continue;
+    int at = kept++;
+    for (; at > 0 && stride[0][order[at - 1]] < stride[0][axis]; --at) order[at] = order[at - 1];
+    order[at] = axis;
+  }
+  Axes<K> axes;
+  for (int i = 0; i < kept; ++i) {
+    const int axis = order[i];
+    const int last = axes.rank - 1;
+    bool mergeable = last >= 0;
+    for (int k = 0; k < K && mergeable; ++k) {
+      mergeable = axes.stride[k][last] == stride[k][axis] * size[axis];
+    }
+    const int to = mergeable ? last : axes.rank++;
+    axes.size[to] = mergeable ? axes.size[to] * size[axis] : size[axis];
+    for (int k = 0; k < K; ++k) axes.stride[k][to] = stride[k][axis];
+  }
+  return axes;
+}
+
+}  // namespace rlrp

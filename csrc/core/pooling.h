@@ -1,0 +1,96 @@
+// Pooling as index arithmetic: one output's winner, one input's share. A pooling always has three
+// spatial axes; missing ones have size 1.
+#pragma once
+
+#include "window.h"
+
+namespace rlrp {
+
+struct Pooling {
+  int64_t batch = 0, channels = 0;
+  Window axis[3];
+
+  RLRP_HD int64_t in_plane() const { return axis[0].in * axis[1].in * axis[2].in; }
+  RLRP_HD int64_t out_plane() const { return axis[0].out * axis[1].out * axis[2].out; }
+  RLRP_HD int64_t in_index(int64_t d, int64_t h, int64_t w) const {
+    return (d * axis[1].in + h) * axis[2].in + w;
+  }
+  RLRP_HD int64_t out_index(int64_t d, int64_t h, int64_t w) const {
+    return (d * axis[1].out + h) * axis[2].out + w;
+  }
+};
+
+// Position within the plane of the maximum that output (d, h, w) saw; the first one in a tie.
+// Elements of x lie `step` apart.
+template <class T>
+RLRP_HD int64_t winner(const Pooling& p, const T* x, int64_t step, int64_t d, int64_t h, int64_t w) {
+  const Span ds = p.axis[0].inputs(d), hs = p.axis[1].inputs(h), ws = p.axis[2].inputs(w);
+  int64_t at = p.in_index(ds.begin, hs.begin, ws.begin);
+  wide_t<T> best = widen(x[at * step]);
+  for (int64_t i = ds.begin; i < ds.end; i += p.axis[0].step()) {
+    for (int64_t j = hs.begin; j < hs.end; j += p.axis[1].step()) {
+      for (int64_t k = ws.begin; k < ws.end; k += p.axis[2].step()) {
+        const int64_t here = p.in_index(i, j, k);
+        const wide_t<T> value = widen(x[here * step]);
+        if (value > best) {
+          best = value;
+          at = here;
+        }
+      }
+    }
+  }
+  return at;
+}
+
+// How average pooling weighs an output along one axis; the three axes' weights are multiplied.
+struct AverageRule {
+  bool count_include_pad = true;
+  int64_t divisor = 0;  // 0: the number of elements
+
+  RLRP_HD int64_t count(const Window& window, int64_t o) const {
+    if (divisor != 0) return 1;
+    if (count_include_pad && !window.adaptive) return window.padded_count(o);
+    const Span span = window.inputs(o);
+    return span.end - span.begin;
+  }
+};
+
+// What the element at (d, h, w) receives from max pooling. Neighbours in x and r lie `step` apart.
+template <class T>
+RLRP_HD wide_t<T> won(const Pooling& p, const T* x, const T* r, int64_t step, int64_t d, int64_t h,
+                      int64_t w) {
+  const Span ds = p.axis[0].outputs(d), hs = p.axis[1].outputs(h), ws = p.axis[2].outputs(w);
+  const int64_t here = p.in_index(d, h, w);
+  wide_t<T> sum = 0;
+  for (int64_t i = ds.begin; i < ds.end; ++i) {
+    if (!p.axis[0].sees(i, d)) continue;
+    for (int64_t j = hs.begin; j < hs.end; ++j) {
+      if (!p.axis[1].sees(j, h)) continue;
+      for (int64_t k = ws.begin; k < ws.end; ++k) {
+        if (!p.axis[2].sees(k, w) || winner(p, x, step, i, j, k) != here) continue;
+        sum += widen(r[p.out_index(i, j, k) * step]);
+      }
+    }
+  }
+  return sum;
+}
+
+// What the element at (d, h, w) receives from average pooling.
+template <class T>
+RLRP_HD wide_t<T> averaged(const Pooling& p, const AverageRule& rule, const T* r, int64_t step,
+                           int64_t d, int64_t h, int64_t w) {
+  using A = wide_t<T>;
+  const Span ds = p.axis[0].outputs(d), hs = p.axis[1].outputs(h), ws = p.axis[2].outputs(w);
+  A sum = 0;
+  for (int64_t i = ds.begin; i < ds.end; ++i) {
+    for (int64_t j = hs.begin; j < hs.end; ++j) {
+      const A outer = A(rule.count(p.axis[0], i)) * A(rule.count(p.axis[1], j));
+      for (int64_t k = ws.begin; k < ws.end; ++k) {
+        sum += widen(r[p.out_index(i, j, k) * step]) / (outer * A(rule.count(p.axis[2], k)));
+      }
+    }
+  }
+  return rule.divisor == 0 ? sum : sum / A(rule.divisor);
+}
+
+}  // namespace rlrp

@@ -1,0 +1,79 @@
+// Rows of the element-by-element kernels on the CPU. Each returns the mass of what it wrote.
+//
+// Strides are in elements; callers
+// pass the constants 1 and 0 where they can, which is what lets the compiler vectorise.
+#pragma once
+
+#include "elementwise.h"
+
+namespace rlrp {
+
+// A block is short enough for a plain float sum; blocks are added up in double.
+constexpr int64_t kBlock = 1024;
+
+template <class T>
+RLRP_HD double product_row(int64_t count, const T* x, int64_t x_step, const T* g, int64_t g_step,
+                           T* q, int64_t q_step) {
+  using A = wide_t<T>;
+  double mass = 0;
+  for (int64_t start = 0; start < count; start += kBlock) {
+    const int64_t end = count < start + kBlock ? count : start + kBlock;
+    A sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = start; i < end; ++i) {
+      const T value = multiply(x[i * x_step], g[i * g_step]);
+      q[i * q_step] = value;
+      sum += absolute(widen(value));
+    }
+    mass += static_cast<double>(sum);
+  }
+  return mass;
+}
+
+template <class T, bool kTwo>
+RLRP_HD double accumulate_row(int64_t count, Terms<T, kTwo> terms, T* r, int64_t r_step) {
+  using A = wide_t<T>;
+  double mass = 0;
+  for (int64_t start = 0; start < count; start += kBlock) {
+    const int64_t end = count < start + kBlock ? count : start + kBlock;
+    A sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = start; i < end; ++i) {
+      const T value = narrow<T>(terms.at(i));
+      r[i * r_step] = value;
+      sum += absolute(widen(value));
+    }
+    mass += static_cast<double>(sum);
+  }
+  return mass;
+}
+
+struct TwoMasses {
+  double a, b;
+};
+
+template <class T, bool kTwo, bool kFromSum>
+RLRP_HD TwoMasses split_row(int64_t count, Terms<T, kTwo> terms, const T* a, int64_t a_step,
+                            const T* b, int64_t b_step, T* r_a, int64_t r_a_step, T* r_b,
+                            int64_t r_b_step) {
+  using A = wide_t<T>;
+  TwoMasses mass{0, 0};
+  for (int64_t start = 0; start < count; start += kBlock) {
+    const int64_t end = count < start + kBlock ? count : start + kBlock;
+    A sum_a = 0, sum_b = 0;
+#pragma omp simd reduction(+ : sum_a, sum_b)
+    for (int64_t i = start; i < end; ++i) {
+      const Parts<T> part =
+          divide<T, kFromSum>(terms.at(i), a[i * a_step], b[i * b_step]);
+      r_a[i * r_a_step] = part.a;
+      r_b[i * r_b_step] = part.b;
+      sum_a += absolute(widen(part.a));
+      sum_b += absolute(widen(part.b));
+    }
+    mass.a += static_cast<double>(sum_a);
+    mass.b += static_cast<double>(sum_b);
+  }
+  return mass;
+}
+
+}  // namespace rlrp

@@ -1,0 +1,22 @@
+// The ops and their signatures; csrc/cpu and csrc/cuda register what they do.
+//
+// A relevance is given as one or two terms t and u, each with a factor per sample. Masses are sums of
+// absolute values per sample. captum_rlrp/kernels/reference.py defines every op.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(captum_rlrp, m) {
+  m.def("product(Tensor x, Tensor g) -> (Tensor, Tensor)");
+  m.def("product_(Tensor x, Tensor(a!) g) -> Tensor");
+  m.def("accumulate(Tensor t, Tensor? t_factor, Tensor? u, Tensor? u_factor) -> (Tensor, Tensor)");
+  m.def(
+      "split(Tensor a, Tensor b, Tensor t, Tensor? t_factor, Tensor? u, Tensor? u_factor, "
+      "bool from_sum) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "max_pool(Tensor x, Tensor r, int[] kernel, int[] stride, int[] padding, int[] dilation, "
+      "bool ceil_mode) -> Tensor");
+  m.def("adaptive_max_pool(Tensor x, Tensor r) -> Tensor");
+  m.def(
+      "avg_pool(Tensor r, int[] input_shape, int[] kernel, int[] stride, int[] padding, "
+      "bool ceil_mode, bool count_include_pad, int? divisor_override) -> Tensor");
+  m.def("adaptive_avg_pool(Tensor r, int[] input_shape) -> Tensor");
+}
