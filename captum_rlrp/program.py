@@ -245,15 +245,18 @@ class Run:
             Relevance(layout.restore(r_b, shape), None, s_b),
         )
 
-    def carry(self, node: Node, g: Tensor, r: Relevance) -> Relevance:
+    def carry(
+        self, node: Node, g: Tensor, r: Relevance, *, may_overwrite: bool = False
+    ) -> Relevance:
         """``v ⊙ g``, carried to the mass of `r`: the rule of method.md §2 at the value `node`."""
         assert r.mass is not None
         layout = self.layout(node)
         v = self._values[node]
-        if r.factor is not None:
-            g = g * layout.spread(r.factor.to(g.dtype), g.shape)
         q, s = self.kernels.product(
-            layout.samples_first(v.to(g.dtype), self.batch), layout.samples_first(g, self.batch)
+            layout.samples_first(v.to(g.dtype), self.batch),
+            layout.samples_first(g, self.batch),
+            r.factor,
+            inplace=may_overwrite,
         )
         self._masses.append(s)
         # Below the smallest normal number a sum has no digits left to divide by.

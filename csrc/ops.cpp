@@ -5,8 +5,8 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(captum_rlrp, m) {
-  m.def("product(Tensor x, Tensor g) -> (Tensor, Tensor)");
-  m.def("product_(Tensor x, Tensor(a!) g) -> Tensor");
+  m.def("product(Tensor x, Tensor g, Tensor? factor) -> (Tensor, Tensor)");
+  m.def("product_(Tensor x, Tensor(a!) g, Tensor? factor) -> Tensor");
   m.def("accumulate(Tensor t, Tensor? t_factor, Tensor? u, Tensor? u_factor) -> (Tensor, Tensor)");
   m.def(
       "split(Tensor a, Tensor b, Tensor t, Tensor? t_factor, Tensor? u, Tensor? u_factor, "

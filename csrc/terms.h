@@ -6,9 +6,11 @@
 
 namespace rlrp {
 
-inline void check_product(const char* op, const Tensor& x, const Tensor& g) {
+inline void check_product(const char* op, const Tensor& x, const Tensor& g,
+                          const std::optional<Tensor>& factor) {
   check_first(op, "x", x);
   check_like(op, "g", g, "x", x);
+  check_factor(op, "factor", factor, x);
 }
 
 inline void check_writable(const char* op, const Tensor& g) {

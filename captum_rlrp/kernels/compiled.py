@@ -101,13 +101,15 @@ def _covers(first: Tensor, *others: Tensor) -> bool:
 # ---- element by element ----------------------------------------------------------------------
 
 
-def product(x: Tensor, g: Tensor, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
+def product(
+    x: Tensor, g: Tensor, factor: Tensor | None = None, *, inplace: bool = False
+) -> tuple[Tensor, Tensor]:
     """See :func:`captum_rlrp.kernels.reference.product`."""
     if not _covers(x, g):
-        return reference.product(x, g, inplace=inplace)
+        return reference.product(x, g, factor, inplace=inplace)
     if inplace and reference.same_layout(x, g):
-        return g, ops.product_(x, g)
-    q, s = ops.product(x, g.expand_as(x))
+        return g, ops.product_(x, g, factor)
+    q, s = ops.product(x, g.expand_as(x), factor)
     return q, s
 
 
@@ -283,8 +285,8 @@ def _image(model: Tensor, shape: Sequence[int]) -> Tensor:
 
 def _register_fakes() -> None:
     fake = torch.library.register_fake
-    fake("captum_rlrp::product")(lambda x, g: (torch.empty_like(x), _masses(x)))
-    fake("captum_rlrp::product_")(lambda x, g: _masses(x))
+    fake("captum_rlrp::product")(lambda x, g, factor: (torch.empty_like(x), _masses(x)))
+    fake("captum_rlrp::product_")(lambda x, g, factor: _masses(x))
     fake("captum_rlrp::accumulate")(lambda t, *_: (torch.empty_like(t), _masses(t)))
     fake("captum_rlrp::split")(
         lambda a, b, t, *_: (torch.empty_like(t), _masses(t), torch.empty_like(t), _masses(t))

@@ -41,18 +41,24 @@ def mass(t: Tensor) -> Tensor:
 # ---- element by element ------------------------------------------------------------------------
 
 
-def product(x: Tensor, g: Tensor, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
-    """``q = x ⊙ g`` and its mass.
+def product(
+    x: Tensor, g: Tensor, factor: Tensor | None = None, *, inplace: bool = False
+) -> tuple[Tensor, Tensor]:
+    """``q = factor · x ⊙ g`` and its mass.
 
     Args:
         x: Section input; q gets its shape, dtype and memory format.
         g: Gradient-like tensor, broadcastable to x (a pooled gradient is expanded, not copied).
+        factor: One number per sample, in :func:`accumulation_dtype`; None means 1.
         inplace: q may overwrite g.
     """
+    wide = g.to(accumulation_dtype(x.dtype))
+    if factor is not None:
+        wide = wide * factor.view([-1] + [1] * (x.dim() - 1))
     if inplace and same_layout(x, g):
-        q = g.mul_(x)
+        q = g.copy_(wide * x)
     else:
-        q = _like(x, x.to(accumulation_dtype(x.dtype)) * g)
+        q = _like(x, x * wide)
     return q, mass(q)
 
 

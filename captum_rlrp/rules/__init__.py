@@ -46,7 +46,7 @@ for _n in (1, 2, 3):
     _add(MaxPool(_n), f"max_pool{_n}d max_pool{_n}d_with_indices")
     _add(MaxPool(_n, adaptive=True), f"adaptive_max_pool{_n}d")
 _add(Reduction(), "mean sum")
-_add(Linear(), "cumsum col2im fold trapezoid diff")
+_add(Linear(), "cumsum tril triu col2im fold trapezoid diff")
 _add(
     Interpolate(nearest=False),
     "upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d "
@@ -65,7 +65,7 @@ _add(
     "permute transpose t movedim moveaxis swapaxes swapdims numpy_T adjoint mT "
     "slice select narrow index_select index gather take take_along_dim expand expand_as "
     "broadcast_to repeat tile repeat_interleave flip fliplr flipud rot90 roll unfold pixel_shuffle "
-    "pixel_unshuffle channel_shuffle native_channel_shuffle tril triu diagonal as_strided "
+    "pixel_unshuffle channel_shuffle native_channel_shuffle diagonal as_strided "
     "permute_copy transpose_copy slice_copy select_copy expand_copy t_copy",
 )
 _add(

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .base import Call, Relevance, Rule, sum_to
+from .base import Call, LinearRule, Relevance, Rule, sum_to
 from .passthrough import PassThrough
-from .shape import Move
 
 if TYPE_CHECKING:
     from ..program import Run
@@ -71,6 +70,33 @@ class Extremum(Rule):
         return [[Relevance(routed.permute(back), r.factor, r.mass)]]
 
 
+class Masked(LinearRule):
+    """One branch behind a fixed mask: it multiplies by 0 or 1 and may add a constant.
+
+    An output that the mask covers depends on no input, so alone it is a section.
+    """
+
+    def needs(self, call: Call) -> tuple[Node, ...]:
+        return tuple(
+            call.args[name]
+            for name in ("condition", "mask")
+            if isinstance(call.args.get(name), Node)
+        )
+
+    def _keep(self, run: Run, call: Call) -> Tensor:
+        if "mask" in call.args:
+            mask: Tensor = run.value(call.args["mask"])
+            return mask if call.is_active("value") else ~mask
+        condition: Tensor = run.value(call.args["condition"])
+        return ~condition if call.is_active("other") else condition
+
+    def transpose(self, run: Run, call: Call, g: Tensor) -> Tensor:
+        return sum_to(g * self._keep(run, call), run.like(self.operand(call)).shape)
+
+    def linear_part(self, run: Run, call: Call, x: Tensor) -> Tensor:
+        return (x * self._keep(run, call)).expand(run.like(call.node).shape)
+
+
 class Where(Rule):
     """``where`` and ``masked_fill``: relevance follows the elements; the condition is a gate."""
 
@@ -79,9 +105,8 @@ class Where(Rule):
         condition = call.args.get("condition", call.args.get("mask"))
         if any(a not in branches for a in call.active):
             return None
-        # With one branch and a fixed mask it multiplies by a constant: a link of a section.
         fixed = isinstance(condition, Node) and not condition.meta.get("depends", True)
-        return Move() if len(call.active) == 1 and fixed else self
+        return Masked() if len(call.active) == 1 and fixed else self
 
     def needs(self, call: Call) -> tuple[Node, ...]:
         return tuple(

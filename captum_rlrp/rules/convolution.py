@@ -34,7 +34,10 @@ class Convolution(LinearRule):
         padding = _padding(call)
         shape = run.like(call.args["input"]).shape
         if not call.is_active("input") or padding is None or len(shape) != weight.dim():
-            return adjoint(run, call, self.operand(call), g, {"bias": None})
+            overrides: dict[str, Any] = {"bias": None}
+            if call.is_active("input"):
+                overrides["weight"] = weight.to(g.dtype)
+            return adjoint(run, call, self.operand(call), g, overrides)
         transposed, output_padding = _transposed(call)
         return run.kernels.conv(
             g,

@@ -23,7 +23,7 @@ class Join(Rule):
         parts: list[list[Relevance]] = []
         start = 0
         for operand in call.args["tensors"]:
-            size = 1 if self.stacks else run.like(operand).shape[dim]
+            size = 1 if self.stacks else _length(run, call, operand, dim)
             if operand in call.active:
                 part = [t.values.narrow(dim, start, size) for t in terms]
                 parts.append(
@@ -37,6 +37,13 @@ class Join(Rule):
 
     def carriers(self, call: Call) -> tuple[Node, ...]:
         return tuple(operand for operand in call.args["tensors"] if operand in call.active)
+
+
+def _length(run: Run, call: Call, operand: Node, dim: int) -> int:
+    if operand in call.active:
+        return run.like(operand).shape[dim]
+    length: int = call.shape(operand)[dim]  # of a constant
+    return length
 
 
 class Scatter(Rule):

@@ -38,7 +38,9 @@ def relative(run: Run, start: Node, links: Links, r: Relevance) -> Relevance:
         here = rule.operand(call)
         if here is not start and run.is_tapped(here):
             run.tap(here, [run.carry(here, g, r)])
-    result = run.carry(start, g, r)
+    # What a transpose made anew may be overwritten; a view of the relevance itself may not.
+    owned = g.untyped_storage().data_ptr() != r.values.untyped_storage().data_ptr()
+    result = run.carry(start, g, r, may_overwrite=owned)
     if run.measures_delta:
         y = run.value(start).to(r.values.dtype)
         for rule, call in links:

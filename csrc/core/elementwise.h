@@ -6,10 +6,10 @@
 
 namespace rlrp {
 
-// q = x g
+// q = factor x g
 template <class T>
-RLRP_HD T multiply(T x, T g) {
-  return narrow<T>(widen(x) * widen(g));
+RLRP_HD T multiply(T x, T g, wide_t<T> factor) {
+  return narrow<T>(widen(x) * (widen(g) * factor));
 }
 
 // One or two terms of a relevance, with the factors of the sample at hand.

@@ -13,7 +13,7 @@ constexpr int64_t kBlock = 1024;
 
 template <class T>
 RLRP_HD double product_row(int64_t count, const T* x, int64_t x_step, const T* g, int64_t g_step,
-                           T* q, int64_t q_step) {
+                           wide_t<T> factor, T* q, int64_t q_step) {
   using A = wide_t<T>;
   double mass = 0;
   for (int64_t start = 0; start < count; start += kBlock) {
@@ -21,7 +21,7 @@ RLRP_HD double product_row(int64_t count, const T* x, int64_t x_step, const T* g
     A sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = start; i < end; ++i) {
-      const T value = multiply(x[i * x_step], g[i * g_step]);
+      const T value = multiply(x[i * x_step], g[i * g_step], factor);
       q[i * q_step] = value;
       sum += absolute(widen(value));
     }

@@ -60,7 +60,9 @@ void sweep(const Layout<K>& layout, const std::array<const Tensor*, S>& masses, 
   }
 }
 
-Tensor multiply(const Tensor& x, const Tensor& g, const Tensor& q) {
+Tensor multiply(const Tensor& x, const Tensor& g, const std::optional<Tensor>& given,
+                const Tensor& q) {
+  const auto factor = packed(given);
   Tensor s = new_masses(x);
   const auto layout = layout_of(q, x, g);
   dispatch(x.scalar_type(), "product", [&](auto zero) {
@@ -68,35 +70,39 @@ Tensor multiply(const Tensor& x, const Tensor& g, const Tensor& q) {
     T* out = static_cast<T*>(q.mutable_data_ptr());
     const T* in = static_cast<const T*>(x.const_data_ptr());
     const T* by = static_cast<const T*>(g.const_data_ptr());
+    using A = wide_t<T>;
+    const A* factors = factor ? static_cast<const A*>(factor->const_data_ptr()) : nullptr;
     const int64_t q_step = layout.axes.step(0), x_step = layout.axes.step(1),
                   g_step = layout.axes.step(2);
-    sweep<1, 3>(layout, {&s}, [=](int64_t, const int64_t* o, int64_t count) RLRP_INLINE {
+    sweep<1, 3>(layout, {&s}, [=](int64_t sample, const int64_t* o, int64_t count) RLRP_INLINE {
+      const A f = factors ? factors[sample] : A(1);
       T* to = out + o[0];
       const T* from = in + o[1];
       const T* gain = by + o[2];
       if (q_step == 1 && x_step == 1 && g_step == 1) {
-        return Masses<1>{product_row(count, from, 1, gain, 1, to, 1)};
+        return Masses<1>{product_row(count, from, 1, gain, 1, f, to, 1)};
       }
       if (q_step == 1 && x_step == 1 && g_step == 0) {
-        return Masses<1>{product_row(count, from, 1, gain, 0, to, 1)};
+        return Masses<1>{product_row(count, from, 1, gain, 0, f, to, 1)};
       }
-      return Masses<1>{product_row(count, from, x_step, gain, g_step, to, q_step)};
+      return Masses<1>{product_row(count, from, x_step, gain, g_step, f, to, q_step)};
     });
   });
   return s;
 }
 
-std::tuple<Tensor, Tensor> product(const Tensor& x, const Tensor& g) {
-  check_product("product", x, g);
+std::tuple<Tensor, Tensor> product(const Tensor& x, const Tensor& g,
+                                   const std::optional<Tensor>& factor) {
+  check_product("product", x, g, factor);
   Tensor q = torch::stable::empty_like(x);
-  Tensor s = multiply(x, g, q);
+  Tensor s = multiply(x, g, factor, q);
   return {q, s};
 }
 
-Tensor product_(const Tensor& x, const Tensor& g) {
-  check_product("product_", x, g);
+Tensor product_(const Tensor& x, const Tensor& g, const std::optional<Tensor>& factor) {
+  check_product("product_", x, g, factor);
   check_writable("product_", g);
-  return multiply(x, g, g);
+  return multiply(x, g, factor, g);
 }
 
 template <bool kTwo>

@@ -97,38 +97,44 @@ struct Product {
   T* q;
   const T* x;
   const T* g;
+  const wide_t<T>* factor;
 
-  __device__ void operator()(int64_t, const int64_t* o, wide_t<T>* mass) const {
-    const T value = multiply(x[o[1]], g[o[2]]);
+  __device__ void operator()(int64_t sample, const int64_t* o, wide_t<T>* mass) const {
+    const T value = multiply(x[o[1]], g[o[2]], factor ? factor[sample] : wide_t<T>(1));
     q[o[0]] = value;
     mass[0] += absolute(widen(value));
   }
 };
 
-Tensor multiply_into(const Tensor& x, const Tensor& g, const Tensor& q) {
+Tensor multiply_into(const Tensor& x, const Tensor& g, const std::optional<Tensor>& given,
+                     const Tensor& q) {
+  const auto factor = packed(given);
   Tensor s = new_masses(x);
   const auto layout = layout_of(q, x, g);
   dispatch(x.scalar_type(), "product", [&](auto zero) {
     using T = decltype(zero);
     const Product<T> element{static_cast<T*>(q.mutable_data_ptr()),
                              static_cast<const T*>(x.const_data_ptr()),
-                             static_cast<const T*>(g.const_data_ptr())};
+                             static_cast<const T*>(g.const_data_ptr()),
+                             factor ? static_cast<const wide_t<T>*>(factor->const_data_ptr())
+                                    : nullptr};
     sweep<wide_t<T>>("product", layout, {&s}, element);
   });
   return s;
 }
 
-std::tuple<Tensor, Tensor> product(const Tensor& x, const Tensor& g) {
-  check_product("product", x, g);
+std::tuple<Tensor, Tensor> product(const Tensor& x, const Tensor& g,
+                                   const std::optional<Tensor>& factor) {
+  check_product("product", x, g, factor);
   Tensor q = torch::stable::empty_like(x);
-  Tensor s = multiply_into(x, g, q);
+  Tensor s = multiply_into(x, g, factor, q);
   return {q, s};
 }
 
-Tensor product_(const Tensor& x, const Tensor& g) {
-  check_product("product_", x, g);
+Tensor product_(const Tensor& x, const Tensor& g, const std::optional<Tensor>& factor) {
+  check_product("product_", x, g, factor);
   check_writable("product_", g);
-  return multiply_into(x, g, g);
+  return multiply_into(x, g, factor, g);
 }
 
 template <class T, bool kTwo>

@@ -110,7 +110,7 @@ void check_rows() {
   for (int64_t t = 0; t < threads; ++t) {
     pool.emplace_back([&, t] {
       const int64_t from = t * count / threads, n = (t + 1) * count / threads - from;
-      mass[t] = product_row(n, &x[from], 1, &g[from], 1, &q[from], 1);
+      mass[t] = product_row(n, &x[from], 1, &g[from], 1, 1.0f, &q[from], 1);
       const Terms<float, true> terms{&x[from], &q[from], 1, 1, 2.0f, 0.5f};
       accumulate_row<float, true>(n, terms, &a[from], 1);
       split_row<float, true, false>(n, terms, &x[from], 1, &g[from], 1, &a[from], 1, &b[from], 1);

@@ -236,3 +236,18 @@ def test_expanded_relevance(layout):
         strict=True,
     ):
         agree(actual, right, torch.float32)
+
+
+@every_device
+@pytest.mark.parametrize("backend", [reference, compiled], ids=["reference", "compiled"])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_product_applies_the_pending_factor(device, backend, dtype, inplace):
+    x, g = (rand(3, 5, 7, dtype=dtype, device=device) for _ in range(2))
+    factor = torch.tensor([2.0, 0.0, 0.125], dtype=torch.float32, device=device)
+    factor = factor.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    expected = exact(x) * exact(g) * exact(factor).view(3, 1, 1)
+    q, s = backend.product(x, g.clone(), factor, inplace=inplace)
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(exact(q), expected, rtol=tolerance, atol=1e-7)
+    torch.testing.assert_close(exact(s), exact(q).abs().sum((1, 2)), rtol=1e-5, atol=1e-7)

@@ -86,4 +86,4 @@ def test_large_grids(shape):
 def test_operands_on_two_devices_are_refused():
     x = torch.randn(2, 3, device="cuda")
     with pytest.raises(RuntimeError, match="device"):
-        torch.ops.captum_rlrp.product(x, x.cpu())
+        torch.ops.captum_rlrp.product(x, x.cpu(), None)

@@ -26,8 +26,8 @@ def calls(dtype=torch.float32, layout="contiguous", device="cpu", n=2):
     window = ([3, 2], [2, 2], [0, 0])
     shape = [n, 6, 9, 8]
     return {
-        "product": (x, make(n, 6, 9, 8)),
-        "product_": (x, make(n, 6, 9, 8)),
+        "product": (x, make(n, 6, 9, 8), f),
+        "product_": (x, make(n, 6, 9, 8), None),
         "accumulate": (x, f, make(n, 6, 9, 8), None),
         "split": (x, make(n, 6, 9, 8), make(n, 6, 9, 8), f, x, f, False),
         "max_pool": (x, r, *window, [1, 1], False),
@@ -135,13 +135,13 @@ def test_many_axes_fall_back_to_the_reference():
     assert torch.equal(q, x * x)
     assert s.shape == (2,)
     with pytest.raises(RuntimeError, match=r"captum_rlrp::product.*axes"):
-        ops.product(x, x)
+        ops.product(x, x, None)
 
 
 def test_an_expanded_output_is_refused():
     x = torch.randn(2, 3)
     with pytest.raises(RuntimeError, match="expanded"):
-        ops.product_(x, torch.randn(2, 1).expand(2, 3))
+        ops.product_(x, torch.randn(2, 1).expand(2, 3), None)
 
 
 @pytest.mark.parametrize("name", NAMES)
