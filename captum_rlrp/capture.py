@@ -39,6 +39,33 @@ _OPENED = [
 ]
 
 
+def _gates(x: Tensor, h: Tensor, w: Tensor, u: Tensor, b: Any = None, c: Any = None) -> Tensor:
+    return nn.functional.linear(x, w, b) + nn.functional.linear(h, u, c)
+
+
+def _lstm_cell(x: Tensor, state: Sequence[Tensor], *weights: Any) -> tuple[Tensor, Tensor]:
+    i, f, g, o = _gates(x, state[0], *weights).chunk(4, -1)
+    c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def _gru_cell(x: Tensor, h: Tensor, w: Tensor, u: Tensor, b: Any = None, c: Any = None) -> Tensor:
+    of_x = nn.functional.linear(x, w, b).chunk(3, -1)
+    of_h = nn.functional.linear(h, u, c).chunk(3, -1)
+    reset, keep = ((p + q).sigmoid() for p, q in zip(of_x[:2], of_h[:2], strict=True))
+    new = (of_x[2] + reset * of_h[2]).tanh()
+    return (h - new) * keep + new
+
+
+# One step of a recurrent layer, written out.
+_CELLS = {
+    aten.lstm_cell.default: _lstm_cell,
+    aten.gru_cell.default: _gru_cell,
+    aten.rnn_tanh_cell.default: lambda *args: _gates(*args).tanh(),
+    aten.rnn_relu_cell.default: lambda *args: _gates(*args).relu(),
+}
+
+
 @dataclass(frozen=True)
 class CapturedGraph:
     """A model as a graph.
@@ -262,9 +289,11 @@ def _explain(error: Exception, model: nn.Module) -> str:
 def _needed_decompositions(program: Any) -> dict[Any, Any] | None:
     """None if the graph is usable as it is; otherwise what to take apart (maybe nothing)."""
     targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
-    opened = [overload for overload in _OPENED if overload in targets]
-    if opened:
-        return dict(torch._decomp.get_decompositions(opened))
+    layers = [op for op in _OPENED if op in targets]
+    table: dict[Any, Any] = dict(torch._decomp.get_decompositions(layers))
+    table.update((op, cell) for op, cell in _CELLS.items() if op in targets)
+    if table:
+        return table
     return {} if _has_aliased_write(program.graph) else None
 
 

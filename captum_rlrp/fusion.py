@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .capture import CapturedGraph, reads_values
+from .layout import memory_format
 from .rules import Call, LinearRule
 from .rules.convolution import Convolution
 from .rules.normalization import BatchNorm
@@ -72,19 +73,31 @@ class FusedConvolution:
         return tuple(nodes)
 
     def weight_and_bias(self, run: Run) -> tuple[Tensor, Tensor | None]:
-        """The convolution's parameters with the batch norm folded in."""
+        """The convolution's parameters with the batch norm folded in, made once a run.
+
+        Folded weights are laid out as the convolutions of either direction want them.
+        """
+        found = run.scratch.get(self)
+        if found is None:
+            found = run.scratch[self] = self._fold(run)
+        return found
+
+    def _fold(self, run: Run) -> tuple[Tensor, Tensor | None]:
         weight: Tensor = run.value(self.conv.args["weight"])
         bias: Tensor | None = run.value(self.conv.args["bias"])
+        like = run.like(self.conv.args["input"])
+        folded = torch.empty_like(weight, memory_format=like.memory_format)
         if self.norm is None:
-            return weight, bias
+            return folded.copy_(weight) if folded.stride() != weight.stride() else weight, bias
         args = self.norm.args
-        scale = BatchNorm().scale(run, self.norm, 1).view(-1)
+        scale = BatchNorm().scale(run, self.norm, 2).view(-1)
         shift = run.value(args["running_mean"]) * scale
         if bias is not None:
             shift = shift - bias * scale
         offset: Tensor | None = run.value(args["bias"])
         shift = -shift if offset is None else offset - shift
-        return weight * scale.view([-1] + [1] * (weight.dim() - 1)), shift
+        torch.mul(weight, scale.view([-1] + [1] * (weight.dim() - 1)), out=folded)
+        return folded, shift
 
     def __call__(self, run: Run) -> Tensor:
         x: Tensor = run.value(self.conv.args["input"])
@@ -117,7 +130,6 @@ class FusedConvolution:
                 return None
             name, wanted = found
             scalars = [self.activation.args[s] if isinstance(s, str) else s for s in wanted]
-        weight = weight.contiguous(memory_format=_format(x))
         ops = torch.ops.mkldnn
         if other is None:
             y: Tensor = ops._convolution_pointwise(
@@ -154,7 +166,7 @@ Instruction = FusedConvolution | InPlace
 
 
 class FoldedConvolution(Convolution):
-    """A convolution with the batch norm behind it, as one link of a section."""
+    """A convolution, with the batch norm behind it if there is one, as one link of a section."""
 
     def __init__(self, instruction: FusedConvolution) -> None:
         self.instruction = instruction
@@ -163,7 +175,10 @@ class FoldedConvolution(Convolution):
         return tuple(n for n in self.instruction.reads if n not in call.active)
 
     def transpose(self, run: Run, call: Call, g: Tensor) -> Tensor:
-        return self._transpose(run, call, g, self.instruction.weight_and_bias(run)[0])
+        g = self._transpose(run, call, g, self.instruction.weight_and_bias(run)[0])
+        if not run.measures_delta:
+            run.scratch.pop(self.instruction, None)
+        return g
 
     def linear_part(self, run: Run, call: Call, x: Tensor) -> Tensor:
         weight = self.instruction.weight_and_bias(run)[0].to(x.dtype)
@@ -350,9 +365,10 @@ def _fold(links: Any, folded: dict[Node, FusedConvolution]) -> tuple[tuple[Linea
     swallowed: set[Node] = set()
     for rule, call in links:
         made = folded.get(call.node)
-        if made is not None and made.norm is not None:
-            result.append((FoldedConvolution(made), replace(call, node=made.norm.node)))
-            swallowed.add(made.norm.node)
+        if made is not None:
+            end = made.norm.node if made.norm is not None else call.node
+            result.append((FoldedConvolution(made), replace(call, node=end)))
+            swallowed.add(end)
         elif call.node not in swallowed:
             result.append((rule, call))
     return tuple(result)
@@ -406,17 +422,9 @@ def _activate(activation: Call | None, y: Tensor) -> Tensor:
     return result
 
 
-def _format(x: Tensor) -> torch.memory_format:
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
-        return torch.channels_last_3d
-    return torch.contiguous_format
-
-
 def _strides_like(x: Tensor, other: Tensor) -> tuple[int, ...]:
     """The strides oneDNN gives its result, which the summand must share."""
-    return torch.empty(other.shape, device="meta").to(memory_format=_format(x)).stride()
+    return torch.empty(other.shape, device="meta").to(memory_format=memory_format(x)).stride()
 
 
 def _onednn_covers(x: Tensor, weight: Tensor) -> bool:

@@ -66,6 +66,15 @@ WHOLE = _Whole()
 """The layout of every value in a graph captured for a batch of one."""
 
 
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The memory format of an image."""
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
+        return torch.channels_last_3d
+    return torch.contiguous_format
+
+
 def infer(
     shape: Sequence[int | torch.SymInt],
     batch: sympy.Symbol,

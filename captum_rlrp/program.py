@@ -15,7 +15,7 @@ from torch.fx import Node
 from .capture import CapturedGraph, place_of
 from .errors import NonFiniteError
 from .fusion import Instruction
-from .layout import Layout
+from .layout import Layout, memory_format
 from .rules import Call, Relevance
 from .sections import Plan
 
@@ -27,6 +27,7 @@ class Like:
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+    memory_format: torch.memory_format
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class Run:
         self.kernels = program.kernels
         self.batch = 1
         self.measures_delta = False
+        self.scratch: dict[Any, Any] = {}  # what an instruction leaves for the pass back
         self._values = values
         self._likes: dict[Node, Like] = {}
         self._taps: dict[Node, list[Relevance]] = {}
@@ -135,7 +137,7 @@ class Run:
         self.output: Tensor = values[program.graph.output]
 
     def _remember(self, node: Node, value: Tensor) -> None:
-        self._likes[node] = Like(value.shape, value.dtype, value.device)
+        self._likes[node] = Like(value.shape, value.dtype, value.device, memory_format(value))
 
     def _resolve(self, argument: Any) -> Any:
         if isinstance(argument, Node):

@@ -207,7 +207,7 @@ def adaptive_avg_pool(r: Tensor, input_shape: Sequence[int]) -> Tensor:
     return result
 
 
-# ---- dense and convolution: ATen's, but for the first layer of an image network ---------------
+# ---- dense and convolution: ATen's, but where a matrix product is faster -----------------------
 
 
 def linear_product(x: Tensor, g: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,6 +237,20 @@ def conv(
         and not transposed
         and g.numel() > 0
     )
+    pointwise = (
+        g.device.type == "cpu"
+        and g.dtype == weight.dtype == torch.float32
+        and weight.dim() == 4
+        and weight.shape[2:] == (1, 1)
+        and tuple(input_shape[2:]) == tuple(g.shape[2:])
+        and groups == 1
+        and not transposed
+        and reference.memory_format(g) == torch.channels_last
+    )
+    if pointwise:  # channels_last makes it one matrix product, faster than oneDNN's gradient
+        rows = g.permute(0, 2, 3, 1).flatten(0, 2) @ weight.flatten(1)
+        n, _, height, width = g.shape
+        return rows.view(n, height, width, -1).permute(0, 3, 1, 2)
     if not few_channels:
         options = (stride, padding, dilation, transposed, output_padding, groups)
         return reference.conv(g, weight, input_shape, *options)

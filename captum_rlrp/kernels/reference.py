@@ -55,10 +55,7 @@ def product(
     wide = g.to(accumulation_dtype(x.dtype))
     if factor is not None:
         wide = wide * factor.view([-1] + [1] * (x.dim() - 1))
-    if inplace and same_layout(x, g):
-        q = g.copy_(wide * x)
-    else:
-        q = _like(x, x * wide)
+    q = g.copy_(wide * x) if inplace and same_layout(x, g) else _like(x, x * wide)
     return q, mass(q)
 
 

@@ -8,10 +8,10 @@ import torch
 
 from .attention import ScaledDotProductAttention
 from .base import Call, LinearRule, Relevance, Rule
-from .choice import Extremum, Maximum, Where
+from .choice import Chosen, Extremum, Maximum, Where
 from .convolution import Convolution
 from .dense import Dense, Matmul
-from .join import Join, Scatter
+from .join import Join, Overwrite, Scatter
 from .normalization import BatchNorm
 from .passthrough import InstanceNorm, PassThrough
 from .pooling import AdaptiveAvgPool, AvgPool, MaxPool, Reduction
@@ -46,6 +46,8 @@ for _n in (1, 2, 3):
     _add(MaxPool(_n), f"max_pool{_n}d max_pool{_n}d_with_indices")
     _add(MaxPool(_n, adaptive=True), f"adaptive_max_pool{_n}d")
 _add(Reduction(), "mean sum")
+_add(Linear("input"), "grid_sampler grid_sampler_2d grid_sampler_3d")
+_add(Linear("self"), "max_unpool2d max_unpool3d")
 _add(Linear(), "cumsum tril triu col2im fold trapezoid diff")
 _add(
     Interpolate(nearest=False),
@@ -105,6 +107,7 @@ _add(GatedLinearUnit(), "glu")
 # §5 choices
 _add(Extremum(largest=True), "amax max")
 _add(Extremum(largest=False), "amin min")
+_add(Chosen(), "topk sort kthvalue median nanmedian mode cummax cummin")
 _add(Maximum(1), "maximum fmax")
 _add(Maximum(-1), "minimum fmin")
 _add(Where(), "where masked_fill")
@@ -112,7 +115,12 @@ _add(Where(), "where masked_fill")
 # §6 the rest
 _add(Join(stacks=False), "cat concat concatenate")
 _add(Join(stacks=True), "stack")
-_add(Scatter(), "slice_scatter select_scatter diagonal_scatter as_strided_scatter fill zero copy")
+_add(
+    Scatter(),
+    "slice_scatter select_scatter diagonal_scatter as_strided_scatter index_put index_copy "
+    "masked_scatter fill zero",
+)
+_add(Overwrite(), "copy")
 _add(ScaledDotProductAttention(), "scaled_dot_product_attention")
 
 _CUSTOM: dict[Any, Rule] = {}

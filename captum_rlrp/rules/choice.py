@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,6 +69,25 @@ class Extremum(Rule):
         routed = values.new_zeros(flat.shape).scatter_(-1, winner, values).view(moved.shape)
         back = [(kept + dims).index(d) for d in range(x.dim())]
         return [[Relevance(routed.permute(back), r.factor, r.mass)]]
+
+
+class Chosen(Rule):
+    """``topk``, ``sort``, ``median`` …: relevance of each value goes to where it was taken from."""
+
+    def select(self, call: Call) -> Rule | None:
+        return self if "dim" in call.args and call.item == 0 else None
+
+    def needs(self, call: Call) -> tuple[Node, ...]:
+        return call.active
+
+    def propagate(self, run: Run, call: Call, terms: list[Relevance]) -> list[list[Relevance]]:
+        dim, shape = call.args["dim"], run.like(call.active[0]).shape
+        places = run.evaluate(replace(call, item=1), {})
+        r = run.merge(call.node, terms)
+        values = r.values
+        if call.args.get("keepdim") is False:
+            places, values = places.unsqueeze(dim), values.unsqueeze(dim)
+        return [[Relevance(values.new_zeros(shape).scatter_add_(dim, places, values), r.factor)]]
 
 
 class Masked(LinearRule):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch.fx import Node
 
-from .base import Call, Relevance, Rule, adjoint
+from .base import Call, Relevance, Rule, adjoint, sum_to
 
 if TYPE_CHECKING:
     from ..program import Run
@@ -56,4 +56,17 @@ class Scatter(Rule):
         return [
             [Relevance(adjoint(run, call, node, t.values), t.factor) for t in terms]
             for node in call.active
+        ]
+
+
+class Overwrite(Rule):
+    """``copy``: the whole value is replaced by another, which may be broadcast."""
+
+    def carriers(self, call: Call) -> tuple[Node, ...]:
+        return (call.args["src"],) if call.is_active("src") else ()
+
+    def propagate(self, run: Run, call: Call, terms: list[Relevance]) -> list[list[Relevance]]:
+        return [
+            [Relevance(sum_to(t.values, run.like(node).shape), t.factor) for t in terms]
+            for node in self.carriers(call)
         ]

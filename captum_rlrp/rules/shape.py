@@ -63,4 +63,16 @@ class Interpolate(LinearRule):
 
 
 class Linear(LinearRule):
-    """Any other linear op of one operand, transposed by automatic differentiation."""
+    """Any other linear op of one operand, transposed by automatic differentiation.
+
+    Args:
+        operand: Name of the argument it is linear in; any single one by default.
+    """
+
+    def __init__(self, operand: str | None = None) -> None:
+        self._name = operand
+
+    def select(self, call: Call) -> Rule | None:
+        if self._name is not None and not call.is_active(self._name):
+            return None
+        return self if len(call.active) == 1 else None
