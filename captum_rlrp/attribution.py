@@ -404,7 +404,9 @@ def _check_floating(tensors: Sequence[Tensor], model: nn.Module) -> None:
             )
 
 
-def _start(output: Any, target: TargetType, batch: int, model: nn.Module) -> Tensor:
+def _start(
+    output: Any, target: TargetType, batch: int, model: nn.Module
+) -> tuple[Tensor, Tensor | None]:
     """One unit of relevance at the target of each sample (method.md §1)."""
     name = type(model).__name__
     if not output.is_floating_point():
@@ -415,7 +417,7 @@ def _start(output: Any, target: TargetType, batch: int, model: nn.Module) -> Ten
     start = torch.zeros(output.shape, dtype=dtype, device=output.device)
     shape = tuple(output.shape)
     if not shape and batch == 1 and target is None:
-        return start + 1
+        return start + 1, None
     if not shape or shape[0] != batch:
         raise InputError(
             f"{name} returns shape {shape} for a batch of {batch}; an explanation needs one row of "
@@ -436,8 +438,9 @@ def _start(output: Any, target: TargetType, batch: int, model: nn.Module) -> Ten
             f"target {_short(target)} selects {chosen.numel() // batch} scores per sample of the "
             f"output of shape {shape}; an explanation needs one: {_target_hint(shape)}."
         )
-    start.view(-1)[chosen.reshape(-1)] = 1
-    return start
+    chosen = chosen.reshape(-1)
+    start.view(-1)[chosen] = 1
+    return start, chosen % shape[1] if len(shape) == 2 else None
 
 
 def _choose(positions: Tensor, target: Any, shape: tuple[int, ...], name: str) -> Tensor:

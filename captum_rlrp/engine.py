@@ -25,7 +25,9 @@ from .sections import plan
 
 _CACHED_PROGRAMS = 32
 
-StartFunction = Callable[[Tensor], Tensor]
+# Relevance at the output and, where it is one-hot along dimension 1, the column of each sample.
+Start = tuple[Tensor, Tensor | None]
+StartFunction = Callable[[Tensor], Start]
 WantedFunction = Callable[[CapturedGraph, Sequence[Node]], list[Node]]
 
 
@@ -82,7 +84,7 @@ class Engine:
         Args:
             inputs: The explained arguments, samples first.
             additional: The model's further arguments.
-            start: Model output → relevance at the output.
+            start: Model output → relevance at the output, and the column where it starts.
             wanted: Which values' relevance to return; the inputs' by default.
             key: Tells `wanted` functions apart.
             measure_delta: Whether to measure the violation of the local law.
@@ -95,7 +97,7 @@ class Engine:
         # The target function sees the batch's output whole, so the samples' outputs come first.
         singles = [_sample(args, i, batch) for i in range(batch)]
         outputs = [self._forward(captured, single) for single in singles]
-        starts = start(torch.cat(outputs))
+        starts, _ = start(torch.cat(outputs))
         parts = []
         for i, single in enumerate(singles):
             given = functools.partial(_given, starts[i : i + 1])
@@ -197,13 +199,11 @@ class Engine:
     def _values(self, captured: Captured, args: Sequence[Any]) -> dict[Node, Any]:
         graph = captured.program.graph
         values: dict[Node, Any] = dict(graph.constants)
-        values.update(zip(graph.inputs, flatten_arguments(args), strict=True))
+        for node, value in zip(graph.inputs, flatten_arguments(args), strict=True):
+            values[node] = value.detach() if isinstance(value, Tensor) else value
         for name, node, *_ in captured.parameters:
-            values[node] = _attribute(self.model, name).detach()
-        return {
-            node: value.detach() if isinstance(value, Tensor) else value
-            for node, value in values.items()
-        }
+            values[node] = _attribute(self.model, name)
+        return values
 
     def _forward(self, captured: Captured, args: Sequence[Any]) -> Tensor:
         with torch.no_grad(), _no_autocast(args):
@@ -222,9 +222,9 @@ class Engine:
         with torch.no_grad(), _no_autocast(args):
             values = self._values(captured, args)
             run = program.forward(dict(values))
-            relevance = start(run.output)
-            result = run.propagate(relevance, batch, measure_delta)
-            if not self._is_finite(args[:explained]) or not run.is_finite():
+            relevance, column = start(run.output)
+            result = run.propagate(relevance, column, batch, measure_delta)
+            if not run.is_finite(args[:explained]):
                 raise self._non_finite(program, values, args[:explained])
             by_node = dict(zip(captured.explained, args, strict=False))
             parts = []
@@ -235,12 +235,6 @@ class Engine:
                     part = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
                 parts.append(part)
         return Explanation(parts, result.delta)
-
-    @staticmethod
-    def _is_finite(inputs: Sequence[Tensor]) -> bool:
-        # A sum is finite only if every element is: float64 has room for any sum of the others.
-        sums = [x.sum(dtype=torch.float64) for x in inputs if x.is_floating_point()]
-        return not sums or bool(torch.stack(sums).isfinite().all())
 
     def _non_finite(
         self, program: Program, values: dict[Node, Any], inputs: Sequence[Tensor]
@@ -256,8 +250,8 @@ class Engine:
         return find_non_finite(program, values)
 
 
-def _given(start: Tensor, _output: Tensor) -> Tensor:
-    return start
+def _given(start: Tensor, _output: Tensor) -> Start:
+    return start, None
 
 
 def _no_autocast(args: Sequence[Any]) -> Any:

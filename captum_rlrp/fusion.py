@@ -7,7 +7,7 @@ reference backend runs the graph as captured instead, and both give the same rel
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,7 @@ class FusedConvolution:
         other: The summand added to it.
         activation: The call of the elementwise activation at the end.
         covers: All nodes it stands for.
+        activate: The activation, in place.
     """
 
     node: Node
@@ -63,6 +64,7 @@ class FusedConvolution:
     other: Node | None
     activation: Call | None
     covers: tuple[Node, ...]
+    activate: Callable[[Tensor], Tensor] | None
 
     @property
     def reads(self) -> tuple[Node, ...]:
@@ -113,7 +115,7 @@ class FusedConvolution:
         )
         if other is not None:
             y = y.add_(other)
-        return _activate(self.activation, y)
+        return y if self.activate is None else self.activate(y)
 
     def _onednn(
         self, x: Tensor, other: Tensor | None, weight: Tensor, bias: Tensor | None
@@ -152,6 +154,7 @@ class InPlace:
     node: Node
     call: Call
     covers: tuple[Node, ...]
+    activate: Callable[[Tensor], Tensor]
 
     @property
     def reads(self) -> tuple[Node, ...]:
@@ -159,7 +162,7 @@ class InPlace:
         return tuple(self.call.nodes())
 
     def __call__(self, run: Run) -> Tensor:
-        return _activate(self.call, run.value(self.call.active[0]))
+        return self.activate(run.value(self.call.active[0]))
 
 
 Instruction = FusedConvolution | InPlace
@@ -336,7 +339,8 @@ def _fuse_convolution(
         covers.append(node)
     if other is not None and activation is None:
         return None
-    return FusedConvolution(node, call, norm, other, activation, tuple(covers))
+    activate = None if activation is None else _overwriting(activation)
+    return FusedConvolution(node, call, norm, other, activation, tuple(covers), activate)
 
 
 def _vanishes(value: Node, plan: Plan, seen: set[Node]) -> bool:
@@ -397,7 +401,7 @@ def _in_place(step: Single, users: dict[Node, list[Node]], kept: frozenset[Node]
         and users[operand] == [call.node]
         and operand not in kept
     )
-    return InPlace(call.node, call, (call.node,)) if owned else None
+    return InPlace(call.node, call, (call.node,), _overwriting(call)) if owned else None
 
 
 # Ops whose result is new memory that nothing else shares.
@@ -408,18 +412,16 @@ _FRESH = {
 }  # fmt: skip
 
 
-def _activate(activation: Call | None, y: Tensor) -> Tensor:
-    """The activation, in place."""
-    if activation is None:
-        return y
-    twin = _in_place_twin(activation)
+def _overwriting(call: Call) -> Callable[[Tensor], Tensor]:
+    """The elementwise call, made in place."""
     options = [
-        (argument.name, argument.kwarg_only, activation.args[argument.name])
-        for argument in activation.target._schema.arguments[1:]
+        (argument.name, argument.kwarg_only, call.args[argument.name])
+        for argument in call.target._schema.arguments[1:]
     ]
     positional = [value for _, keyword, value in options if not keyword]
-    result: Tensor = twin(y, *positional, **{name: v for name, keyword, v in options if keyword})
-    return result
+    keywords = {name: value for name, keyword, value in options if keyword}
+    twin = _in_place_twin(call)
+    return lambda y: twin(y, *positional, **keywords)
 
 
 def _strides_like(x: Tensor, other: Tensor) -> tuple[int, ...]:

@@ -113,6 +113,7 @@ class Run:
         self._taps: dict[Node, list[Relevance]] = {}
         self._masses: list[Tensor] = []
         self._delta: Tensor | None = None
+        self._column: Tensor | None = None
         for node in program.graph.nodes:
             if node in values and node in program.measured:
                 self._remember(node, values[node])
@@ -159,6 +160,10 @@ class Run:
     def like(self, node: Node) -> Like:
         """Shape, dtype and device of a value, kept or not."""
         return self._likes[node]
+
+    def start_column(self, node: Node) -> Tensor | None:
+        """At the output, where one unit of relevance starts: its column for each sample."""
+        return self._column if node is self.program.graph.output else None
 
     def layout(self, node: Node) -> Layout:
         """Where the batch lies in a value."""
@@ -261,11 +266,9 @@ class Run:
             inplace=may_overwrite,
         )
         self._masses.append(s)
-        # Below the smallest normal number a sum has no digits left to divide by.
-        carries = s > torch.finfo(s.dtype).tiny
-        factor = torch.where(carries, r.mass / s, 0.0)
-        mass = torch.where(carries, r.mass, 0.0)
-        return Relevance(layout.restore(q, self.like(node).shape), factor, mass)
+        # Where ‖q‖₁ = 0, q is 0 and stays 0 whatever the factor, as long as that is finite.
+        factor = r.mass / s.clamp_min(torch.finfo(s.dtype).tiny)
+        return Relevance(layout.restore(q, self.like(node).shape), factor, r.mass)
 
     def is_tapped(self, node: Node) -> bool:
         """Whether the relevance at this value is asked for."""
@@ -292,18 +295,24 @@ class Run:
 
     # ---- the pass -----------------------------------------------------------------------------
 
-    def propagate(self, start: Tensor, batch: int, measure_delta: bool) -> Result:
+    def propagate(
+        self, start: Tensor, column: Tensor | None, batch: int, measure_delta: bool
+    ) -> Result:
         """Carries relevance from the output to the values asked for.
 
         Args:
             start: Relevance at the output.
+            column: Where it is one-hot along dimension 1, the column of its 1 per sample.
             batch: Number of samples.
             measure_delta: Whether to measure the violation of the local law.
         """
         self.batch = batch
         self.measures_delta = measure_delta
+        self._column = column
         plan = self.program.plan
-        arrived: dict[Node, list[Relevance]] = {self.program.graph.output: [Relevance(start)]}
+        # One unit for each sample.
+        unit = Relevance(start, None, start.new_ones(batch))
+        arrived: dict[Node, list[Relevance]] = {self.program.graph.output: [unit]}
         wanted: dict[Node, list[Relevance]] = {}
         for i in reversed(range(len(plan.steps))):
             step = plan.steps[i]
@@ -338,12 +347,16 @@ class Run:
             return torch.zeros(self.batch, dtype=torch.float64, device=start.device)
         return self._delta
 
-    def is_finite(self) -> bool:
-        """Whether every value that relevance met was finite; known by the masses."""
-        checks = [mass.double().sum() for mass in self._masses] + [
-            self.output.detach().sum().double()
-        ]
-        return bool(torch.stack(checks).isfinite().all())
+    def is_finite(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether every value that relevance met was finite, and every input; one look at all.
+
+        A sum is finite only if every summand is, and float64 has room for any sum of the others.
+        """
+        values = [x for x in (*inputs, self.output) if x.is_floating_point()]
+        sums = [value.sum(dtype=torch.float64) for value in values]
+        if self._masses:
+            sums.append(torch.stack(self._masses).sum(dtype=torch.float64))
+        return bool(torch.stack(sums).isfinite().all())
 
 
 def _channels_last(value: Tensor) -> Tensor:

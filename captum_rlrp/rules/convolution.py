@@ -61,13 +61,12 @@ class Convolution(LinearRule):
         if not transposed:
             pads = _padding(call)
             return weight[1] * prod(weight[2:]) == 1 and pads is not None and not any(pads)
-        # Windows that tile the output without overlap, one input channel a group.
+        # Windows that tile the output (padding cuts it), one input channel a group.
         return (
             weight[0] == call.args["groups"]
             and list(weight[2:]) == _per_axis(call.args["stride"], call)
             and all(d == 1 for d in _per_axis(call.args["dilation"], call))
-            and not any(_padding(call) or [])
-            and not any(output_padding)
+            and all(o <= p for o, p in zip(output_padding, _padding(call) or [], strict=True))
         )
 
     def route(self, run: Run, call: Call, r: Tensor) -> Tensor:

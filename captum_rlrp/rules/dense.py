@@ -48,7 +48,11 @@ class Dense(Matmul):
     def transpose(self, run: Run, call: Call, g: Tensor) -> Tensor:
         if not self._constant_weight(call):
             return adjoint(run, call, self.operand(call), g, {"bias": None})
-        return run.kernels.linear(g, run.value(call.args["weight"]).to(g.dtype))
+        weight = run.value(call.args["weight"]).to(g.dtype)
+        column = run.start_column(call.node)
+        if column is not None:
+            return run.kernels.linear_rows(weight, column)
+        return run.kernels.linear(g, weight)
 
     def linear_part(self, run: Run, call: Call, x: Tensor) -> Tensor:
         return run.evaluate(call, {self.operand(call): x}, overrides={"bias": None})
