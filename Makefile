@@ -9,6 +9,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Compiling every file of torch to bytecode takes longer than to compile, later, the few imported.
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+CSRC := $(shell find csrc -type f 2>/dev/null)
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1 || echo 0)
 BUILD_TOOLS := "setuptools>=77" wheel ninja "pybind11>=2.12"
 SOURCES := captum_rlrp tests examples $(wildcard benchmarks scripts) setup.py
 
@@ -21,7 +23,7 @@ demo: $(VENV)/.installed
 test: lint
 	$(BIN)/python -m pytest -q tests
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy captum_rlrp
@@ -32,26 +34,35 @@ bench: $(VENV)/.installed-bench
 evaluate: $(VENV)/.installed-bench
 	$(BIN)/python scripts/evaluate.py
 
-coverage: $(VENV)/.installed
+coverage: $(VENV)/.installed-bench
 	$(BIN)/python scripts/coverage.py
 
-sanitize: $(VENV)/.installed
+sanitize: $(VENV)/.installed-dev
 	PATH="$(abspath $(BIN)):$$PATH" bash scripts/sanitize.sh
 
-install: $(VENV)/.installed
+install: $(VENV)/.installed-dev
 
 # torch comes first and the package is built against it (--no-build-isolation): an isolated build
-# would download torch a second time. setup.py carries on without a compiler, and the retry without
-# the extension covers a compiler that fails.
-$(VENV)/.installed: pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
+# would download torch a second time.
+$(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "$(PYTHON) is older than 3.10; choose another with PYTHON=…" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch torchvision $(BUILD_TOOLS)
-	$(PIP) --no-build-isolation --editable ".[dev]" \
-		|| { echo "trying again without the compiled kernels" >&2; \
-		     CAPTUM_RLRP_EXTENSION=0 $(PIP) --no-build-isolation --editable ".[dev]"; }
 	touch $@
+
+# For the demo: what it runs on, so the CUDA kernels only where there is a GPU to run them. The retry
+# covers a compiler that is there and fails; setup.py itself carries on where there is none.
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
+	CAPTUM_RLRP_CUDA=$(HAS_GPU) $(PIP) --no-build-isolation --editable . scikit-learn \
+		|| { echo "the extension does not build here: going on without it" >&2; \
+		     CAPTUM_RLRP_EXTENSION=0 $(PIP) --no-build-isolation --editable . scikit-learn; }
+	touch $@
+
+# For the tests: everything, the CUDA kernels compiled and linked wherever nvcc is found.
+$(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
+	$(PIP) --no-build-isolation --editable ".[dev]"
+	touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-bench: $(VENV)/.installed
 	$(PIP) zennit quantus

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -67,8 +68,11 @@ class AdaptiveAvgPool(Pooling, LinearRule):
     def transpose(self, run: Run, call: Call, g: Tensor) -> Tensor:
         shape = list(run.like(self.operand(call)).shape)
         whole = self.batched(shape)
-        if shape[-self.axes :] == list(g.shape[-self.axes :]):
+        pooled = shape[-self.axes :]
+        if pooled == list(g.shape[-self.axes :]):
             return g
+        if all(size == 1 for size in g.shape[-self.axes :]):  # global: every element an equal part
+            return (g / prod(pooled)).expand(shape)
         result: Tensor = run.kernels.adaptive_avg_pool(
             g if whole else g.unsqueeze(0), shape if whole else [1, *shape]
         )
@@ -119,5 +123,13 @@ class MaxPool(Pooling, Rule):
             back = lambda r: run.kernels.max_pool(x, r, *arguments)  # noqa: E731
         merged = run.merge(call.node, terms)
         r = back(merged.values if whole else merged.values.unsqueeze(0))
-        # Signs may differ where windows overlap, so the mass is only known where they do not.
-        return [[Relevance(r if whole else r.squeeze(0), merged.factor)]]
+        # Where windows overlap, relevances of opposite sign may meet in one element and cancel.
+        mass = None if self._overlaps(call) else merged.mass
+        return [[Relevance(r if whole else r.squeeze(0), merged.factor, mass)]]
+
+    def _overlaps(self, call: Call) -> bool:
+        if self.adaptive:
+            return True
+        kernel, stride, _ = self.window(call)
+        dilated = any(d > 1 for d in per_axis(call.args["dilation"], self.axes))
+        return dilated or any(k > s for k, s in zip(kernel, stride, strict=True))
