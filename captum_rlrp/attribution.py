@@ -6,6 +6,7 @@ their contract).
 
 from __future__ import annotations
 
+import functools
 import sys
 import typing
 from collections.abc import Sequence
@@ -111,6 +112,7 @@ class RelativeLRP(_Explainer, Attribution):
         *,
         return_convergence_delta: Literal[True],
         verbose: bool = False,
+        internal_batch_size: int | None = None,
     ) -> tuple[TensorOrTupleOfTensorsGeneric, Tensor]: ...
 
     @typing.overload
@@ -121,6 +123,7 @@ class RelativeLRP(_Explainer, Attribution):
         additional_forward_args: object | None = None,
         return_convergence_delta: Literal[False] = False,
         verbose: bool = False,
+        internal_batch_size: int | None = None,
     ) -> TensorOrTupleOfTensorsGeneric: ...
 
     @log_usage(part_of_slo=True)
@@ -131,6 +134,7 @@ class RelativeLRP(_Explainer, Attribution):
         additional_forward_args: object | None = None,
         return_convergence_delta: bool = False,
         verbose: bool = False,
+        internal_batch_size: int | None = None,
     ) -> TensorOrTupleOfTensorsGeneric | tuple[TensorOrTupleOfTensorsGeneric, Tensor]:
         r"""
         Args:
@@ -162,6 +166,10 @@ class RelativeLRP(_Explainer, Attribution):
                     standard error.
                     Default: False
 
+            internal_batch_size (int, optional): Explain so many examples at a time, which
+                    bounds the memory and changes no result beyond rounding. All at once if None.
+                    Default: None
+
         Returns:
 
             *Tensor* or *tuple[Tensor, ...]* of **attributions**, and **delta** if asked for:
@@ -189,6 +197,8 @@ class RelativeLRP(_Explainer, Attribution):
         additional = _format_additional_forward_args(additional_forward_args) or ()
         check_eval_mode(self._engine.model)
         batch = len(tensors[0])
+        if internal_batch_size is not None and internal_batch_size < 1:
+            raise InputError(f"internal_batch_size must be at least 1, not {internal_batch_size}.")
         if batch == 0:
             parts = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in tensors]
             delta = torch.zeros(0, dtype=_delta_dtype(tensors[0]), device=tensors[0].device)
@@ -196,8 +206,9 @@ class RelativeLRP(_Explainer, Attribution):
             explanation = self._engine.explain(
                 tensors,
                 additional,
-                lambda output: _start(output, target, batch, self.model),
+                functools.partial(_start, target, batch, self.model),
                 measure_delta=return_convergence_delta,
+                internal_batch_size=internal_batch_size,
             )
             parts = [
                 _finish(part, x.dtype)
@@ -309,9 +320,7 @@ class LayerRelativeLRP(_Explainer, LayerAttribution):
         explanation = self._engine.explain(
             run_on,
             additional,
-            lambda output: _start(
-                output, target if batch else _any_target(output), len(run_on[0]), self.model
-            ),
+            functools.partial(_start, target if batch else _any_target, len(run_on[0]), self.model),
             wanted,
             key,
             measure_delta=return_convergence_delta,
@@ -405,10 +414,18 @@ def _check_floating(tensors: Sequence[Tensor], model: nn.Module) -> None:
 
 
 def _start(
-    output: Any, target: TargetType, batch: int, model: nn.Module
+    target: Any, whole: int, model: nn.Module, output: Tensor, rows: slice
 ) -> tuple[Tensor, Tensor | None]:
-    """One unit of relevance at the target of each sample (method.md §1)."""
-    name = type(model).__name__
+    """One unit of relevance at the target of each sample (method.md §1).
+
+    Args:
+        target: The user's target, for all `whole` samples, or a function that finds one.
+        whole: Number of samples the user passed.
+        model: Named in errors.
+        output: The model's output for some rows of them.
+        rows: Which.
+    """
+    name, batch = type(model).__name__, rows.stop - rows.start
     if not output.is_floating_point():
         raise InputError(
             f"{name} returns {output.dtype}; an explanation needs floating-point scores."
@@ -432,7 +449,9 @@ def _start(
             )
         chosen = positions
     else:
-        chosen = _choose(positions, target, shape, name)
+        if callable(target):
+            target = target(output)
+        chosen = _choose(positions, target, whole, rows, name)
     if chosen.numel() != batch:
         raise InputError(
             f"target {_short(target)} selects {chosen.numel() // batch} scores per sample of the "
@@ -443,29 +462,26 @@ def _start(
     return start, chosen % shape[1] if len(shape) == 2 else None
 
 
-def _choose(positions: Tensor, target: Any, shape: tuple[int, ...], name: str) -> Tensor:
+def _choose(positions: Tensor, target: Any, whole: int, rows: slice, name: str) -> Tensor:
+    shape = tuple(positions.shape)
     message = f"target {_short(target)} does not fit {name}'s output of shape {shape}"
-    if isinstance(target, Tensor) and target.is_floating_point():
-        raise InputError(f"{message}: it must hold integers, not {target.dtype}.")
-    if (
-        isinstance(target, Tensor)
-        and target.numel() > 1
-        and target.dim() == 2
-        and 1 in target.shape
-    ):
-        target = target.reshape(-1)
-    if isinstance(target, (list, tuple)) or (isinstance(target, Tensor) and target.numel() > 1):
-        length = len(target)
-        if not isinstance(target, tuple) and length != shape[0]:
-            raise InputError(f"{message}: it has {length} entries for a batch of {shape[0]}.")
     if isinstance(target, Tensor):
+        if target.is_floating_point():
+            raise InputError(f"{message}: it must hold integers, not {target.dtype}.")
         target = target.to(positions.device)
+        if target.numel() > 1 and target.dim() == 2 and 1 in target.shape:
+            target = target.reshape(-1)
+    if isinstance(target, list) or (isinstance(target, Tensor) and target.numel() > 1):
+        if len(target) != whole:
+            raise InputError(f"{message}: it has {len(target)} entries for a batch of {whole}.")
+        target = target[rows]
     numbers = _numbers(target)
     if len(shape) == 2 and any(not -shape[1] <= n < shape[1] for n in numbers):
         raise InputError(f"{message}: indices go from 0 to {shape[1] - 1}.")
+    if isinstance(target, Tensor):
+        # A negative index counts from the end, as in a list.
+        target = target % shape[1] if target.numel() > 1 or len(shape) == 2 else target
     try:
-        if isinstance(target, Tensor) and target.numel() > 1:
-            target = target % shape[1]  # a negative index counts from the end, as in a list
         return _select_targets(positions, target)
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{message}: {error}. It must be {_target_hint(shape)}.") from error

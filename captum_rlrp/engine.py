@@ -5,7 +5,6 @@ Knows neither Captum nor targets; :mod:`captum_rlrp.attribution` adds those.
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -27,7 +26,7 @@ _CACHED_PROGRAMS = 32
 
 # Relevance at the output and, where it is one-hot along dimension 1, the column of each sample.
 Start = tuple[Tensor, Tensor | None]
-StartFunction = Callable[[Tensor], Start]
+StartFunction = Callable[[Tensor, slice], Start]
 WantedFunction = Callable[[CapturedGraph, Sequence[Node]], list[Node]]
 
 
@@ -78,30 +77,31 @@ class Engine:
         wanted: WantedFunction | None = None,
         key: Hashable = None,
         measure_delta: bool = False,
+        internal_batch_size: int | None = None,
     ) -> Explanation:
         """Explains a batch.
 
         Args:
             inputs: The explained arguments, samples first.
             additional: The model's further arguments.
-            start: Model output → relevance at the output, and the column where it starts.
+            start: Model output and the rows it stands for → relevance at the output, and the
+                column where it starts.
             wanted: Which values' relevance to return; the inputs' by default.
             key: Tells `wanted` functions apart.
             measure_delta: Whether to measure the violation of the local law.
+            internal_batch_size: Samples that go through at a time; all of them by default.
         """
         args = (*inputs, *additional)
         batch = len(inputs[0])
         captured = self.captured(args, len(inputs), batch, wanted, key)
-        if not captured.per_sample or batch == 1:
-            return self._run(captured, args, len(inputs), batch, start, measure_delta)
-        # The target function sees the batch's output whole, so the samples' outputs come first.
-        singles = [_sample(args, i, batch) for i in range(batch)]
-        outputs = [self._forward(captured, single) for single in singles]
-        starts, _ = start(torch.cat(outputs))
+        size = 1 if captured.per_sample else internal_batch_size or batch
         parts = []
-        for i, single in enumerate(singles):
-            given = functools.partial(_given, starts[i : i + 1])
-            parts.append(self._run(captured, single, len(inputs), 1, given, measure_delta))
+        for first in range(0, batch, size):
+            rows = slice(first, min(first + size, batch))
+            some = args if size >= batch else _take(args, rows, batch)
+            parts.append(self._run(captured, some, len(inputs), rows, start, measure_delta))
+        if len(parts) == 1:
+            return parts[0]
         relevance = [
             torch.cat(values) for values in zip(*(p.relevance for p in parts), strict=True)
         ]
@@ -162,7 +162,7 @@ class Engine:
     ) -> CapturedGraph:
         """The model fixes its batch size: it may still run on one sample at a time."""
         try:
-            return capture(self.model, _sample(args, 0, batch), None)
+            return capture(self.model, _take(args, slice(0, 1), batch), None)
         except CaptureError as second:
             self._check_runs(args)
             if error is not None:
@@ -205,16 +205,12 @@ class Engine:
             values[node] = _attribute(self.model, name)
         return values
 
-    def _forward(self, captured: Captured, args: Sequence[Any]) -> Tensor:
-        with torch.no_grad(), _no_autocast(args):
-            return captured.program.forward(self._values(captured, args)).output
-
     def _run(
         self,
         captured: Captured,
         args: Sequence[Any],
         explained: int,
-        batch: int,
+        rows: slice,
         start: StartFunction,
         measure_delta: bool,
     ) -> Explanation:
@@ -222,8 +218,8 @@ class Engine:
         with torch.no_grad(), _no_autocast(args):
             values = self._values(captured, args)
             run = program.forward(dict(values))
-            relevance, column = start(run.output)
-            result = run.propagate(relevance, column, batch, measure_delta)
+            relevance, column = start(run.output, rows)
+            result = run.propagate(relevance, column, rows.stop - rows.start, measure_delta)
             if not run.is_finite(args[:explained]):
                 raise self._non_finite(program, values, args[:explained])
             by_node = dict(zip(captured.explained, args, strict=False))
@@ -248,10 +244,6 @@ class Engine:
                     "finite inputs. Remove or impute them."
                 )
         return find_non_finite(program, values)
-
-
-def _given(start: Tensor, _output: Tensor) -> Start:
-    return start, None
 
 
 def _no_autocast(args: Sequence[Any]) -> Any:
@@ -297,14 +289,12 @@ def _signature(value: Any, batch: int) -> Hashable:
     return (type(value), value)
 
 
-def _sample(value: Any, index: int, batch: int) -> Any:
-    """The arguments of one sample."""
+def _take(value: Any, rows: slice, batch: int) -> Any:
+    """The arguments of some of the samples."""
     if isinstance(value, Tensor):
-        if value.dim() and value.shape[0] == batch:
-            return value[index : index + 1]
-        return value
+        return value[rows] if value.dim() and value.shape[0] == batch else value
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-        return type(value)(_sample(item, index, batch) for item in value)
+        return type(value)(_take(item, rows, batch) for item in value)
     if isinstance(value, dict):
-        return {key: _sample(item, index, batch) for key, item in value.items()}
+        return {key: _take(item, rows, batch) for key, item in value.items()}
     return value

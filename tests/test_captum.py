@@ -67,8 +67,9 @@ def test_family_and_signature() -> None:
     rlrp = RelativeLRP(small())
     assert isinstance(rlrp, Attribution)
     ours, theirs = (inspect.signature(c.attribute).parameters for c in (RelativeLRP, LRP))
-    assert list(ours) == list(theirs)
-    assert [p.default for p in ours.values()] == [p.default for p in theirs.values()]
+    assert list(ours) == [*theirs, "internal_batch_size"]
+    assert all(ours[name].default == theirs[name].default for name in theirs)
+    assert ours["internal_batch_size"].default is None
     assert rlrp.has_convergence_delta() is True
     assert rlrp.multiplies_by_inputs is True
     assert callable(RelativeLRP.attribute.__wrapped__)  # log_usage, which NoiseTunnel looks through
@@ -697,3 +698,21 @@ def test_a_result_is_not_overwritten_by_the_next_call() -> None:
     kept = first.clone()
     rlrp.attribute(images(), 2)
     assert torch.equal(first, kept)
+
+
+def test_internal_batch_size_changes_no_result() -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)).eval()
+    x, scale = torch.randn(7, 2, 6, 6), torch.arange(7)
+    method = RelativeLRP(model)
+    whole, delta = method.attribute(x, target=scale % 5, return_convergence_delta=True)
+    for size in (1, 3, 7, 100):
+        parts, deltas = method.attribute(
+            x, target=scale % 5, return_convergence_delta=True, internal_batch_size=size
+        )
+        torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-7)
+        assert deltas.shape == delta.shape == (7,)
+    with pytest.raises(RelativeLRPError, match="at least 1"):
+        method.attribute(x, target=0, internal_batch_size=0)
+    with pytest.raises(RelativeLRPError, match="3 entries for a batch of 7"):
+        method.attribute(x, target=[0, 1, 2], internal_batch_size=2)
