@@ -28,7 +28,7 @@ from torch.fx import Node
 from .capture import CapturedGraph, check_eval_mode, unwrap
 from .engine import Captured, Engine
 from .errors import InputError
-from .kernels import get_backend
+from .kernels import get_backend, is_reference_forced
 from .layers import layer_calls, module_names
 from .sections import Section
 
@@ -47,7 +47,9 @@ class _Explainer:
             )
         self.model = model
         self.backend = backend
-        self._engine = Engine(unwrap(model), get_backend(backend), fuses=backend != "reference")
+        kernels = get_backend(backend)
+        # Where the reference is asked for, the graph runs as captured: the plainest definition.
+        self._engine = Engine(unwrap(model), kernels, fuses=not is_reference_forced(backend))
 
     def has_convergence_delta(self) -> bool:
         """True: the delta is the largest violation of the local law (see ``attribute``)."""

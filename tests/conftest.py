@@ -1,8 +1,14 @@
 """Seeds and settings that every test shares."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
+
+from captum_rlrp import engine
+from captum_rlrp.capture import CapturedGraph, capture
 
 settings.register_profile(
     "captum_rlrp",
@@ -15,6 +21,40 @@ settings.register_profile(
 settings.load_profile("captum_rlrp")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of the GPU exist only where there is one: they are left out, not skipped."""
+    if not torch.cuda.is_available():
+        on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=on_gpu)
+        items[:] = [item for item in items if item not in set(on_gpu)]
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tensors that are too small to share out."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def captured_once(monkeypatch: pytest.MonkeyPatch) -> list[CapturedGraph]:
+    """For tests of one model: capture takes most of the time, and both backends can share it.
+
+    The list holds the graph; a test that clears it has the model captured anew.
+    """
+    known: list[CapturedGraph] = []
+
+    def once(*args: Any) -> CapturedGraph:
+        if not known:
+            known.append(capture(*args))
+        return known[0]
+
+    monkeypatch.setattr(engine, "capture", once)
+    return known

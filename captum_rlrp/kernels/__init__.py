@@ -13,7 +13,15 @@ from types import ModuleType
 
 from captum_rlrp.kernels import compiled, reference
 
-__all__ = ["BACKENDS", "VARIABLE", "compiled", "get_backend", "reference", "show_config"]
+__all__ = [
+    "BACKENDS",
+    "VARIABLE",
+    "compiled",
+    "get_backend",
+    "is_reference_forced",
+    "reference",
+    "show_config",
+]
 
 BACKENDS = ("auto", "compiled", "reference")
 VARIABLE = "CAPTUM_RLRP_BACKEND"
@@ -54,6 +62,11 @@ def get_backend(name: str = "auto") -> ModuleType:
             stacklevel=2,
         )
     return reference
+
+
+def is_reference_forced(name: str) -> bool:
+    """Whether the reference was asked for, by name or by the environment."""
+    return (os.environ.get(VARIABLE) if name == "auto" else name) == "reference"
 
 
 def show_config() -> dict[str, object]:

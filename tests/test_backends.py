@@ -1,0 +1,80 @@
+"""Whole models: the compiled kernels and the fused forward against the plain reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision import models
+
+from captum_rlrp import RelativeLRP
+from captum_rlrp.kernels import compiled
+
+# Relative to the reference in float64, as a share of Σ|R|.
+TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-4,
+    torch.bfloat16: 0.25,
+    torch.float16: 0.05,
+}
+
+
+def build(name: str) -> nn.Module:
+    """A torchvision network whose batch norms do something."""
+    torch.manual_seed(5)
+    model = models.get_model(name, weights=None).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.2, 0.2)
+    return model
+
+
+def distance(actual: Tensor, expected: Tensor) -> float:
+    """Largest share of a sample's Σ|R| that lies elsewhere."""
+    gap = (actual.double().cpu() - expected.double().cpu()).abs().flatten(1).sum(1)
+    return float((gap / expected.double().cpu().abs().flatten(1).sum(1)).max())
+
+
+def test_the_compiled_backend_is_what_auto_takes() -> None:
+    assert compiled.available(), compiled.load_error()
+    assert RelativeLRP(nn.Linear(2, 2))._engine.kernels is compiled
+
+
+@pytest.mark.parametrize("name", ["vgg16", "resnet50"])
+def test_compiled_equals_reference_at_full_size(name: str) -> None:
+    model, x = build(name), torch.randn(1, 3, 224, 224)
+    expected = RelativeLRP(model, backend="reference").attribute(x, target=7)
+    actual = RelativeLRP(model, backend="compiled").attribute(x, target=7)
+    assert distance(actual, expected) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("name", ["vgg11_bn", "resnet18"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_compiled_equals_the_float64_reference(
+    name: str, dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    model, x = build(name).double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    expected = RelativeLRP(model, backend="reference").attribute(x, target=[1, 2])
+    x = x.to(dtype).contiguous(memory_format=layout)
+    actual = RelativeLRP(model.to(dtype), backend="compiled").attribute(x, target=[1, 2])
+    assert actual.dtype == dtype
+    assert actual.is_contiguous()
+    assert distance(actual, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["vgg16", "resnet50", "mobilenet_v2", "densenet121"])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_cuda_equals_the_float64_reference_on_the_cpu(name: str, dtype: torch.dtype) -> None:
+    model, x = build(name).double(), torch.randn(2, 3, 96, 96, dtype=torch.float64)
+    expected = RelativeLRP(model, backend="reference").attribute(x, target=[1, 2])
+    model, x = model.to("cuda", dtype), x.to("cuda", dtype)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        given = x.contiguous(memory_format=layout)
+        actual = RelativeLRP(model, backend="compiled").attribute(given, target=[1, 2])
+        assert actual.device.type == "cuda"
+        assert distance(actual, expected) < TOLERANCE[dtype]
