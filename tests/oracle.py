@@ -142,10 +142,32 @@ def _ancestors(output: Value) -> list[Value]:
     return order
 
 
+class _PlainGradient(torch.autograd.Function):
+    """The identity, its gradient contiguous.
+
+    torch's batch norm in eval mode permutes a gradient that comes in another memory layout (2.15,
+    float64, behind flatten and transpose).
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: object, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: object, g: Tensor) -> Tensor:
+        return g.clone(memory_format=torch.contiguous_format)
+
+
 def _compose(fns: Sequence[Function]) -> Function:
     def run(x: Tensor) -> Tensor:
         for fn in fns:
-            x = fn(x)
+            x = _PlainGradient.apply(fn(x))
         return x
 
     return run

@@ -1,8 +1,8 @@
 """Random networks, each told twice: as an ``nn.Module`` and to the float64 oracle.
 
 A graph is a list of calls. Every call names its kind for the oracle ("linear", "act", …) and the
-function or layer that computes it; the module runs the functions, the oracle reads the kinds. A seed
-gives the same graph every time::
+function or layer that computes it; the module runs the functions, the oracle reads the kinds. A
+seed gives the same graph every time::
 
     graph = random_graph(seed=7)
     graph.model                    # nn.Module, float64, eval mode
@@ -15,7 +15,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,18 @@ class Call:
     tell: Callable[..., Value]
     sources: tuple[int, ...]
     shape: Shape
+    layer: int | None = None
+
+
+class Weighted(nn.Module):
+    """A function with a parameter of its own."""
+
+    def __init__(self, fn: Callable[..., Tensor], *shape: int) -> None:
+        super().__init__()
+        self.fn, self.weight = fn, nn.Parameter(torch.randn(shape, dtype=torch.float64))
+
+    def forward(self, *values: Tensor) -> Tensor:
+        return self.fn(*values, self.weight)
 
 
 class Net(nn.Module):
@@ -45,7 +57,8 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         values = [x]
         for call in self.calls:
-            values.append(call.run(*(values[i] for i in call.sources)))
+            run = call.run if call.layer is None else self.layers[call.layer]
+            values.append(run(*(values[i] for i in call.sources)))
         return values[-1]
 
 
@@ -119,7 +132,8 @@ class Builder:
         self.samples.append(value)
         shape = tuple(value.shape[1:])
         self.shapes.append(shape)
-        self.calls.append(Call(name, run, tell, sources, shape))
+        layer = self.layers.index(run) if run in self.layers else None
+        self.calls.append(Call(name, run, tell, sources, shape, layer))
         return len(self.calls)
 
     def unary(self, kind: str, name: str, fn: Callable[[Tensor], Tensor], source: int) -> int:
@@ -135,21 +149,9 @@ class Builder:
         self.reusable.append((kind, self.shapes[source], module))
         return self.unary(kind, repr(module), module, source)
 
-    def constant(self, *shape: int) -> Tensor:
-        holder = nn.Module()
-        holder.value = nn.Parameter(torch.randn(shape, dtype=torch.float64), requires_grad=False)
-        self.layers.append(holder)
-        self.holder = holder
-        return holder.value
-
-    def parameter(self, *shape: int) -> Callable[[], Tensor]:
-        """A parameter, read when the network runs: its dtype may be changed."""
-        self.constant(*shape)
-        holder = self.holder
-        return lambda: holder.value
-
-    def like(self, x: Tensor, make: Callable[[], Tensor]) -> Tensor:
-        return make().to(x.dtype)
+    def weighted(self, fn: Callable[..., Tensor], *shape: int) -> nn.Module:
+        self.layers.append(Weighted(fn, *shape).requires_grad_(False))
+        return self.layers[-1]
 
     # ---- choosing ---------------------------------------------------------------------------
 
@@ -199,18 +201,13 @@ class Builder:
         return name if name.startswith(fresh) and "in place" not in name else None
 
     def scale(self, x: int) -> int:
-        weight = self.parameter(self.shapes[x][0], *[1] * (len(self.shapes[x]) - 1))
-        return self.unary("linear", "scale", lambda t: t * weight(), x)
+        shape = (self.shapes[x][0], *[1] * (len(self.shapes[x]) - 1))
+        return self.unary("linear", "scale", self.weighted(lambda t, w: t * w, *shape), x)
 
     def shift(self, x: int) -> int:
-        weight = self.parameter(*self.shapes[x])
         kind = self.rng.choice(["+", "-", "r-"])
-        fns = {
-            "+": lambda t: t + weight(),
-            "-": lambda t: t - weight(),
-            "r-": lambda t: weight() - t,
-        }
-        return self.unary("linear", f"shift {kind}", fns[kind], x)
+        fn = {"+": lambda t, w: t + w, "-": lambda t, w: t - w, "r-": lambda t, w: w - t}[kind]
+        return self.unary("linear", f"shift {kind}", self.weighted(fn, *self.shapes[x]), x)
 
     def number(self, x: int) -> int:
         kind = self.rng.choice(["x2", "/3", "-x", "+1", "1-x"])
@@ -221,8 +218,10 @@ class Builder:
         return self.unary("linear", f"number {kind}", fns[kind], x)
 
     def masked(self, x: int) -> int:
-        mask = self.parameter(*self.shapes[x])
-        return self.unary("linear", "masked_fill", lambda t: t.masked_fill(mask() > 0.5, 0.0), x)
+        fill = self.rng.choice([0.0, 0.5])
+        fn = self.weighted(lambda t, w: t.masked_fill(w > 0.5, fill), *self.shapes[x])
+        fn.weight.view(-1)[0] = 1.0  # a mask that covers nothing is no mask to the oracle
+        return self.unary("linear", f"masked_fill {fill}", fn, x)
 
     def dropout(self, x: int) -> int:
         return self.layer("linear", nn.Dropout(0.3), x)
@@ -292,8 +291,7 @@ class Builder:
         y = self.partner(x)
         if y is None:
             return None
-        mask = self.parameter(*self.shapes[x])
-        fn = lambda a, b: torch.where(mask() > 0, a, b)  # noqa: E731
+        fn = self.weighted(lambda a, b, w: torch.where(w > 0, a, b), *self.shapes[x])
         return self.emit("where", fn, lambda a, b: _route(fn, a, b), x, y)
 
     def join(self, x: int) -> int | None:
@@ -493,8 +491,10 @@ class Builder:
             return self.layer("linear", nn.PixelUnshuffle(2), x)
         return None
 
-    def group_norm(self, x: int) -> int:
+    def group_norm(self, x: int) -> int | None:
         channels = self.shapes[x][0]
+        if self.samples[x][0].numel() < 2 * channels:  # torch refuses one value a group
+            return None
         return self.layer("act", nn.GroupNorm(2 if channels % 2 == 0 else 1, channels), x)
 
     def instance_norm(self, x: int) -> int | None:
@@ -504,16 +504,20 @@ class Builder:
         make = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)[axes - 1]
         return self.layer("act", make(self.shapes[x][0], affine=True), x)
 
-    def channel_norm(self, x: int) -> int:
+    def channel_norm(self, x: int) -> int | None:
         """LayerNorm over the channels, as in ConvNeXt."""
+        if self.shapes[x][0] < 3:  # of two numbers it makes ±1, and ties for the next max pooling
+            return None
         rank = len(self.shapes[x]) + 1
         forth, back = [0, *range(2, rank), 1], [0, rank - 1, *range(1, rank - 1)]
         last = self.unary("linear", "channels last", lambda t: t.permute(forth), x)
         last = self.layer("act", nn.LayerNorm(self.shapes[x][0]), last)
         return self.unary("linear", "channels first", lambda t: t.permute(back), last)
 
-    def rescaled_max(self, x: int) -> int:
-        return self.unary("route", "amax", lambda t: t.amax(-1, keepdim=True), x)
+    def amax(self, x: int) -> int:
+        # In a tie the gradient of amax goes to each maximum, relevance to the first.
+        fn = lambda t: t.gather(-1, t.argmax(-1, keepdim=True))  # noqa: E731
+        return self.emit("amax", lambda t: t.amax(-1, keepdim=True), lambda v: v.route(fn), x)
 
     def tokens(self, x: int) -> int | None:
         if len(self.shapes[x]) != 3 or self.shapes[x][1] * self.shapes[x][2] > 40:
@@ -537,8 +541,8 @@ class Builder:
         return self.unary("linear", "cumsum", lambda t: t.cumsum(1), x)
 
     def matrix(self, x: int) -> int:
-        weight = self.parameter(5, self.shapes[x][0])
-        return self.unary("linear", "matmul", lambda t: weight() @ t, x)
+        fn = self.weighted(lambda t, w: w @ t, 5, self.shapes[x][0])
+        return self.unary("linear", "matmul", fn, x)
 
     def softmax(self, x: int) -> int:
         return self.unary("act", "softmax", lambda t: t.softmax(-1), x)
@@ -546,12 +550,12 @@ class Builder:
     def class_token(self, x: int) -> int | None:
         if self.shapes[x][0] > 12:
             return None
-        token = self.parameter(1, 1, self.shapes[x][1])
 
-        def run(t: Tensor) -> Tensor:
-            return torch.cat([token().expand(t.shape[0], -1, -1), t], 1)
+        def run(t: Tensor, token: Tensor) -> Tensor:
+            return torch.cat([token.expand(t.shape[0], -1, -1), t], 1)
 
-        return self.unary("route", "class token", run, x)
+        fn = self.weighted(run, 1, 1, self.shapes[x][1])
+        return self.unary("route", "class token", fn, x)
 
     def attention(self, x: int) -> int:
         """Softmax of similarities, written out; the value path is a section."""
@@ -609,28 +613,29 @@ class Builder:
 
     # ---- the whole ------------------------------------------------------------------------------
 
-    ANY = (
-        "act act act act_in_place act_in_place scale shift number masked dropout flip roll slices "
-        "chunks add add add add_in_place subtract double multiply maximum where join stacked gate "
-        "gate broadcast_sum reuse reuse norm_over_all quotient"
-    ).split()
-    GRID = (
-        "conv conv conv conv conv conv residual residual transposed batch_norm pool pool "
-        "adaptive_pool upsample pad shuffle pixel_shuffle group_norm instance_norm channel_norm "
-        "rescaled_max tokens"
-    ).split()
-    SEQUENCE = (
-        "linear linear linear norm norm swap accumulate matrix softmax class_token attention "
-        "fused_attention conv batch_norm pool"
-    ).split()
-    ROW = "linear linear linear batch_norm norm softmax glu glu".split()
+    # How often each step is tried.
+    ANY: ClassVar = dict(  # noqa: C408
+        act=3, act_in_place=2, scale=1, shift=1, number=1, masked=1, dropout=1, flip=1, roll=1,
+        slices=1, chunks=1, add=3, add_in_place=1, subtract=1, double=1, multiply=1, maximum=1,
+        where=1, join=1, stacked=1, gate=2, broadcast_sum=1, reuse=2, norm_over_all=1, quotient=1,
+    )  # fmt: skip
+    GRID: ClassVar = dict(  # noqa: C408
+        conv=6, residual=2, transposed=1, batch_norm=1, pool=2, adaptive_pool=1, upsample=1, pad=1,
+        shuffle=1, pixel_shuffle=1, group_norm=1, instance_norm=1, channel_norm=1, amax=1, tokens=1,
+    )  # fmt: skip
+    SEQUENCE: ClassVar = dict(  # noqa: C408
+        linear=3, norm=2, swap=1, accumulate=1, matrix=1, softmax=1, class_token=1, attention=1,
+        fused_attention=1, conv=1, batch_norm=1, pool=1,
+    )  # fmt: skip
+    ROW: ClassVar = dict(linear=3, batch_norm=1, norm=1, softmax=1, glu=2)  # noqa: C408
 
     def step(self) -> None:
         x = self.pick()
         assert x is not None
         rank = len(self.shapes[x])
         own = {1: self.ROW, 2: self.SEQUENCE, 3: self.GRID, 4: self.GRID}[rank]
-        name = self.rng.choice(self.ANY if self.rng.random() < 0.45 else own)
+        steps = self.ANY if self.rng.random() < 0.45 else own
+        (name,) = self.rng.choices(list(steps), list(steps.values()))
         getattr(self, name)(x)
 
     def finish(self) -> list[Any]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import pytest
 import torch
 
-from captum_rlrp import RelativeLRP, engine
-from captum_rlrp.capture import CapturedGraph, capture
+from captum_rlrp import RelativeLRP
 from tests.oracle import agrees, explain, relative_error
 from tests.random_graphs import random_graph
 
@@ -17,17 +15,7 @@ FIRST = int(os.environ.get("RANDOM_SEED", "0"))
 COUNT = int(os.environ.get("RANDOM_GRAPHS", "200"))
 
 
-@pytest.fixture
-def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Capture takes most of the time, and what it yields depends on neither backend nor dtype."""
-    known: list[CapturedGraph] = []
-
-    def once(*args: Any) -> CapturedGraph:
-        if not known:
-            known.append(capture(*args))
-        return known[0]
-
-    monkeypatch.setattr(engine, "capture", once)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + COUNT))
