@@ -13,7 +13,6 @@ from captum_rlrp.kernels import reference
 from captum_rlrp.kernels.reference import (
     Ints,
     Term,
-    epilogue_,
     linear,
     linear_rows,
     mass,
@@ -27,12 +26,9 @@ __all__ = [
     "avg_pool",
     "build_info",
     "conv",
-    "conv_product",
     "cuda_available",
     "cuda_load_error",
-    "epilogue_",
     "linear",
-    "linear_product",
     "linear_rows",
     "load_error",
     "mass",
@@ -210,11 +206,6 @@ def adaptive_avg_pool(r: Tensor, input_shape: Sequence[int]) -> Tensor:
 # ---- dense and convolution: ATen's, but where a matrix product is faster -----------------------
 
 
-def linear_product(x: Tensor, g: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """See :func:`captum_rlrp.kernels.reference.linear_product`."""
-    return product(x, linear(g, weight), inplace=True)
-
-
 def conv(
     g: Tensor,
     weight: Tensor,
@@ -267,22 +258,6 @@ def conv(
     size, kernel = list(input_shape[2:]), list(weight.shape[2:])
     folded: Tensor = torch.ops.aten.col2im(columns, size, kernel, *window)
     return folded.contiguous(memory_format=reference.memory_format(g))
-
-
-def conv_product(
-    x: Tensor,
-    g: Tensor,
-    weight: Tensor,
-    stride: Ints = 1,
-    padding: Ints = 0,
-    dilation: Ints = 1,
-    transposed: bool = False,
-    output_padding: Ints = 0,
-    groups: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """See :func:`captum_rlrp.kernels.reference.conv_product`."""
-    options = (stride, padding, dilation, transposed, output_padding, groups)
-    return product(x, conv(g, weight, x.shape, *options), inplace=True)
 
 
 # ---- what the ops return, for tracing: shapes, dtypes, strides -------------------------------

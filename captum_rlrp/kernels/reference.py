@@ -98,25 +98,6 @@ def split(
     return r_a, mass(r_a), r_b, mass(r_b)
 
 
-def epilogue_(
-    y: Tensor,
-    *,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    residual: Tensor | None = None,
-    relu: bool = False,
-) -> Tensor:
-    """``y ← act(y · scale[c] + shift[c] + residual)`` in place; channels are axis 1."""
-    shape = [1, -1] + [1] * (y.dim() - 2)
-    if scale is not None:
-        y.mul_(scale.view(shape))
-    if shift is not None:
-        y.add_(shift.view(shape))
-    if residual is not None:
-        y.add_(residual)
-    return y.relu_() if relu else y
-
-
 # ---- pooling -----------------------------------------------------------------------------------
 
 
@@ -214,11 +195,6 @@ def linear_rows(weight: Tensor, index: Tensor) -> Tensor:
     return weight.index_select(0, index)
 
 
-def linear_product(x: Tensor, g: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """``q = x ⊙ (g W)`` and its mass."""
-    return product(x, linear(g, weight), inplace=True)
-
-
 def conv(
     g: Tensor,
     weight: Tensor,
@@ -253,22 +229,6 @@ def conv(
         [True, False, False],
     )[0]
     return result
-
-
-def conv_product(
-    x: Tensor,
-    g: Tensor,
-    weight: Tensor,
-    stride: Ints = 1,
-    padding: Ints = 0,
-    dilation: Ints = 1,
-    transposed: bool = False,
-    output_padding: Ints = 0,
-    groups: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """``q = x ⊙ conv(g)`` and its mass; arguments as for :func:`conv`."""
-    options = (stride, padding, dilation, transposed, output_padding, groups)
-    return product(x, conv(g, weight, x.shape, *options), inplace=True)
 
 
 # ---- helpers -----------------------------------------------------------------------------------
