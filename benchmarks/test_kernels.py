@@ -178,9 +178,9 @@ def test_first_layer(benchmark, name, side, layout):
 @pytest.mark.parametrize("shape", [(64, 256, 56), (256, 64, 56), (1024, 256, 14), (512, 2048, 7)])
 def test_pointwise_gradient(benchmark, shape, side):
     channels, out, size = shape
-    x = make((8, channels, size, size), torch.float32, "channels_last")
-    g = make((8, out, size, size), torch.float32, "channels_last")
-    weight = make((out, channels, 1, 1), torch.float32, "channels_last")
+    x = make((8, channels, size, size), torch.float32, torch.channels_last)
+    g = make((8, out, size, size), torch.float32, torch.channels_last)
+    weight = make((out, channels, 1, 1), torch.float32, torch.channels_last)
     backend = {"aten": reference, "compiled": compiled}[side]
     run = lambda: backend.conv(g, weight, x.shape)  # noqa: E731
     measure(benchmark, f"pointwise {channels} to {out} at {size}", run)

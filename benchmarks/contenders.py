@@ -1,0 +1,204 @@
+"""The models that are explained, and who explains them.
+
+Everybody gets a copy of the model of their own, as a user has it: plain contiguous parameters, in
+evaluation mode. Hooks of one method can therefore not slow another.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from captum.attr import LRP, InputXGradient
+from torch import Tensor, nn
+from torchvision import models
+
+from captum_rlrp import RelativeLRP
+
+Explain = Callable[[Tensor, Tensor], Tensor | None]  # images and targets to attributions
+
+aten = torch.ops.aten
+
+
+# --- models -------------------------------------------------------------------------------------
+
+
+def cnn_1d() -> nn.Module:
+    """Seven convolutions over a signal of 4096 samples."""
+    layers: list[nn.Module] = []
+    channels = [1, 32, 64, 64, 128, 128, 256, 256]
+    for before, after in itertools.pairwise(channels):
+        stride = 1 if before == after else 2
+        convolution = nn.Conv1d(before, after, 7, stride=stride, padding=3, bias=False)
+        layers += [convolution, nn.BatchNorm1d(after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(256, 10))
+
+
+def tiny_mlp() -> nn.Module:
+    """So small that only the fixed cost of a call counts."""
+    hidden = [nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU()]
+    return nn.Sequential(*hidden, nn.Linear(128, 10))
+
+
+@dataclass(frozen=True)
+class Subject:
+    title: str
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]  # of one sample
+    classes: int
+
+    def model(self, device: str, dtype: torch.dtype) -> nn.Module:
+        """The same parameters in every process."""
+        torch.manual_seed(0)
+        return self.make().eval().to(device, dtype)
+
+    def inputs(self, batch: int, device: str, dtype: torch.dtype, size: int = 224) -> Inputs:
+        shape = [size if n == 224 else n for n in self.shape]
+        generator = torch.Generator().manual_seed(batch)
+        x = torch.randn(batch, *shape, generator=generator).to(device, dtype)
+        return x, (torch.arange(batch) % self.classes).to(device)
+
+
+Inputs = tuple[Tensor, Tensor]
+
+IMAGE = (3, 224, 224)
+SUBJECTS = {
+    "resnet50": Subject("ResNet50", models.resnet50, IMAGE, 1000),
+    "vgg16": Subject("VGG16", models.vgg16, IMAGE, 1000),
+    "mobilenet_v2": Subject("MobileNetV2", models.mobilenet_v2, IMAGE, 1000),
+    "densenet121": Subject("DenseNet121", models.densenet121, IMAGE, 1000),
+    "cnn_1d": Subject("1-d CNN", cnn_1d, (1, 4096), 10),
+    "tiny_mlp": Subject("Tiny MLP", tiny_mlp, (64,), 10),
+}
+
+
+# --- methods ------------------------------------------------------------------------------------
+
+
+def relative_lrp(model: nn.Module) -> Explain:
+    method = RelativeLRP(model)
+    return lambda x, target: method.attribute(x, target=target)
+
+
+def input_x_gradient(model: nn.Module) -> Explain:
+    method = InputXGradient(model)
+    return lambda x, target: method.attribute(x.clone().requires_grad_(), target=target)
+
+
+def captum_lrp(model: nn.Module) -> Explain:
+    method = LRP(model)
+    return lambda x, target: method.attribute(x.clone().requires_grad_(), target=target)
+
+
+def zennit_epsilon_plus(model: nn.Module) -> Explain:
+    """Hooks and merged batch norm are set up once, outside the time that is measured."""
+    from zennit.attribution import Gradient
+    from zennit.composites import EpsilonPlus
+    from zennit.torchvision import ResNetCanonizer, VGGCanonizer
+
+    # The VGG canonizer merges each batch norm into the layer before it. That suits the others
+    # as well, but DenseNet, which normalizes ahead of its convolutions.
+    if isinstance(model, models.ResNet):
+        canonizers = [ResNetCanonizer()]
+    else:
+        canonizers = [] if isinstance(model, models.DenseNet) else [VGGCanonizer()]
+    method = Gradient(model, EpsilonPlus(canonizers=canonizers))
+    method.__enter__()
+
+    def explain(x: Tensor, target: Tensor) -> Tensor:
+        def start(output: Tensor) -> Tensor:
+            return torch.nn.functional.one_hot(target, output.shape[1]).to(output)
+
+        return method(x.clone().requires_grad_(), start)[1]
+
+    return explain
+
+
+def floor(model: nn.Module) -> Explain:
+    """The model's convolutions and linear layers, forward and input-gradient, and nothing else."""
+    plans: dict[torch.Size, list[Callable[[], None]]] = {}
+
+    @torch.no_grad()
+    def run(x: Tensor, target: Tensor) -> None:
+        if x.shape not in plans:
+            plans.clear()
+            plans[x.shape] = _floor_plan(model, x)
+        for layer in plans[x.shape]:
+            layer()
+
+    return run
+
+
+METHODS: dict[str, Callable[[nn.Module], Explain]] = {
+    "Relative LRP": relative_lrp,
+    "InputXGradient": input_x_gradient,
+    "captum LRP": captum_lrp,
+    "zennit EpsilonPlus": zennit_epsilon_plus,
+    "the floor": floor,
+}
+OURS, YARDSTICK, FLOOR = "Relative LRP", "InputXGradient", "the floor"
+PEERS = ("captum LRP", "zennit EpsilonPlus")
+
+
+def contender(subject: Subject, method: str, device: str, dtype: torch.dtype) -> Explain:
+    return METHODS[method](subject.model(device, dtype))
+
+
+# --- the floor ----------------------------------------------------------------------------------
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _floor_plan(model: nn.Module, x: Tensor) -> list[Callable[[], None]]:
+    """One function per layer that the model calls on `x`, in order."""
+    calls: list[tuple[nn.Module, torch.Size, torch.Size]] = []
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        calls.append((module, inputs[0].shape, output.shape))
+
+    layers = [m for m in model.modules() if isinstance(m, (*CONVOLUTIONS, nn.Linear))]
+    hooks = [layer.register_forward_hook(note) for layer in layers]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    # All layers read the same memory, so that the floor allocates only what convolutions return.
+    values = x.new_empty(max(math.prod(before) for _, before, _ in calls)).normal_()
+    relevance = x.new_empty(max(math.prod(after) for _, _, after in calls)).normal_()
+    return [
+        _floor_layer(module, _view(values, before), _view(relevance, after))
+        for module, before, after in calls
+    ]
+
+
+def _floor_layer(module: nn.Module, x: Tensor, r: Tensor) -> Callable[[], None]:
+    weight, bias = module.weight.detach(), module.bias
+    if isinstance(module, nn.Linear):
+
+        def linear() -> None:
+            torch.nn.functional.linear(x, weight, bias)
+            torch.matmul(r, weight)
+
+        return linear
+
+    if weight.dim() == 4:
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    none = [0] * len(module.stride)
+    geometry = (module.stride, module.padding, module.dilation, False, none, module.groups)
+
+    def convolution() -> None:
+        torch.convolution(x, weight, bias, *geometry)
+        aten.convolution_backward(r, x, weight, None, *geometry, [True, False, False])
+
+    return convolution
+
+
+def _view(memory: Tensor, shape: torch.Size) -> Tensor:
+    """The beginning of `memory` as a tensor of that shape, channels_last if it is an image."""
+    flat = memory[: math.prod(shape)]
+    if len(shape) != 4:
+        return flat.view(shape)
+    n, c, h, w = shape
+    return flat.view(n, h, w, c).permute(0, 3, 1, 2)

@@ -1,0 +1,373 @@
+"""Relative LRP beside what else a user could run, on whole models.
+
+    make bench                                          # everything, about 25 minutes on two cores
+    python benchmarks/run.py --models resnet50 --batches 8
+    python benchmarks/run.py --quick                    # small images, to see that it works
+    python benchmarks/run.py --kernels                  # the section on kernels, and nothing else
+
+Time: the methods take turns in one process (A B C D A B C D …), and a ratio compares two calls of
+the same turn. Memory: each method, model and batch in a process of its own. The figures go to
+``benchmarks/results``, ``docs/benchmarks.md`` and ``docs/images``; those of a run that leaves
+something out go to the same places under ``build/bench``, or under ``--out``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import json
+import math
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import report
+import torch
+from contenders import (
+    FLOOR,
+    METHODS,
+    OURS,
+    PEERS,
+    SUBJECTS,
+    YARDSTICK,
+    Explain,
+    Inputs,
+    Subject,
+    contender,
+    relative_lrp,
+    tiny_mlp,
+)
+
+from captum_rlrp import show_config
+
+ROOT = Path(__file__).resolve().parent.parent
+MEBIBYTE = 2**20
+
+ROUNDS = 3  # at least
+CELL_SECONDS = 40.0  # then a model and batch gets no further round
+SLOW_SECONDS = 10.0  # a peer that would take longer for one call is left out
+
+
+@dataclass
+class Cell:
+    """One model, batch and method."""
+
+    model: str
+    batch: int
+    method: str
+    seconds: list[float] = field(default_factory=list)
+    ratio: float | None = None  # to InputXGradient, the median over the rounds
+    peak_mib: float | None = None  # beyond the model, for the whole batch
+    kept_mib: float | None = None  # between calls
+    loading_s: float | None = None  # of a first explanation of anything in the process
+    first_s: float | None = None  # of the model's first call
+    new_batch_s: float | None = None  # of the first call at this batch size
+    later_s: float | None = None  # of the one after it
+    error: str | None = None
+    note: str | None = None
+
+
+# --- time ---------------------------------------------------------------------------------------
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(explain: Explain, inputs: Inputs, device: str) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    explain(*inputs)
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def describe(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return text if len(text) <= 120 else f"{text[:119]}…"
+
+
+def check(explain: Explain, inputs: Inputs) -> None:
+    """A call that warms up, too."""
+    attributions = explain(*inputs)
+    if attributions is not None and not attributions.isfinite().all():
+        raise ArithmeticError("the attributions are not finite")
+
+
+def time_model(name: str, args: argparse.Namespace) -> list[Cell]:
+    subject, dtype = SUBJECTS[name], getattr(torch, args.dtype)
+    explainers: dict[str, Explain] = {}
+    failed: dict[str, str] = {}
+    for method in args.methods:
+        try:
+            explainers[method] = contender(subject, method, args.device, dtype)
+        except Exception as error:
+            failed[method] = describe(error)
+    cells: list[Cell] = []
+    for batch in args.batches:
+        inputs = subject.inputs(batch, args.device, dtype, args.size)
+        row = {method: Cell(name, batch, method) for method in args.methods}
+        for method, cell in row.items():
+            cell.error = failed.get(method)
+            if method in PEERS:
+                cell.note = too_slow([c for c in cells if c.method == method], batch)
+        running = {m: explainers[m] for m, c in row.items() if not c.error and not c.note}
+        for method in list(running):
+            try:
+                check(running[method], inputs)
+            except Exception as error:
+                row[method].error = describe(error)
+                del running[method]
+        started = time.perf_counter()
+        for done in range(args.repeats):
+            if done >= ROUNDS and time.perf_counter() - started > CELL_SECONDS:
+                break
+            for method, explain in running.items():
+                row[method].seconds.append(timed(explain, inputs, args.device))
+        for cell in row.values():
+            pairs = zip(
+                cell.seconds, row[YARDSTICK].seconds if YARDSTICK in row else (), strict=False
+            )
+            cell.ratio = median([mine / theirs for mine, theirs in pairs])
+        cells += row.values()
+        say(f"{name}, batch {batch}: " + ", ".join(map(brief, row.values())))
+    return cells
+
+
+def too_slow(earlier: list[Cell], batch: int) -> str | None:
+    """From the time per image at the last batch that was measured."""
+    measured = [c for c in earlier if c.seconds]
+    if not measured:
+        return None
+    expected = statistics.median(measured[-1].seconds) / measured[-1].batch * batch
+    return f"left out: about {expected:.0f} s per call" if expected > SLOW_SECONDS else None
+
+
+def median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def brief(cell: Cell) -> str:
+    if not cell.seconds:
+        return f"{cell.method} {'failed' if cell.error else 'left out'}"
+    ratio = "" if cell.ratio is None else f" ({cell.ratio:.2f})"
+    return f"{cell.method} {statistics.median(cell.seconds) * 1e3:.1f} ms{ratio}"
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+# --- memory: a process of its own ---------------------------------------------------------------
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def settle(device: str) -> int:
+    """Bytes in use after everything that is free was given back."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    return resident()
+
+
+@contextlib.contextmanager
+def highest(device: str) -> Iterator[list[int]]:
+    """The most bytes in use inside the block; on the CPU sampled every millisecond."""
+    peak = [0]
+    if device == "cuda":
+        yield peak
+        torch.cuda.synchronize()
+        peak[0] = torch.cuda.max_memory_allocated()
+        return
+    finished = threading.Event()
+
+    def sample() -> None:
+        while not finished.wait(0.001):
+            peak[0] = max(peak[0], resident())
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    try:
+        yield peak
+    finally:
+        finished.set()
+        sampler.join()
+
+
+def inspect_alone(subject: Subject, method: str, batch: int, args: argparse.Namespace) -> None:
+    """What the fresh process does: one call on a single sample, then the one that is looked at."""
+    dtype = getattr(torch, args.dtype)
+    one = subject.inputs(1, args.device, dtype, args.size)
+    inputs = subject.inputs(batch, args.device, dtype, args.size)
+    # Lazily imported modules are neither the model's nor the method's.
+    small = relative_lrp(tiny_mlp().eval().to(args.device, dtype))
+    small_inputs = SUBJECTS["tiny_mlp"].inputs(1, args.device, dtype)
+    result = {"loading_s": timed(small, small_inputs, args.device)}
+    explain = contender(subject, method, args.device, dtype)
+    untouched = settle(args.device)
+    result["first_s"] = timed(explain, one, args.device)
+    before = settle(args.device)
+    with highest(args.device) as peak:
+        result["new_batch_s"] = timed(explain, inputs, args.device)
+    result["peak_mib"] = max(peak[0] - before, 0) / MEBIBYTE
+    result["kept_mib"] = max(before - untouched, 0) / MEBIBYTE
+    if method == OURS:
+        result["later_s"] = timed(explain, inputs, args.device)
+    print(json.dumps(result))
+
+
+def inspect(cell: Cell, args: argparse.Namespace) -> None:
+    """Fill the cell from a fresh process."""
+    command = [sys.executable, __file__, "--alone", cell.model, cell.method, str(cell.batch)]
+    command += ["--device", args.device, "--dtype", args.dtype, "--size", str(args.size)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+    except subprocess.CalledProcessError as error:
+        reason = (error.stderr.strip().splitlines() or [f"exit status {error.returncode}"])[-1]
+        say(f"  no memory figure for {cell.method}, {cell.model}, batch {cell.batch}: {reason}")
+        return
+    except subprocess.TimeoutExpired:
+        say(f"  no memory figure for {cell.method}, {cell.model}, batch {cell.batch}: too slow")
+        return
+    for key, value in json.loads(done.stdout.splitlines()[-1]).items():
+        setattr(cell, key, value)
+
+
+# --- kernels ------------------------------------------------------------------------------------
+
+
+def time_kernels() -> list[dict[str, Any]]:
+    """Medians of ``test_kernels.py``, one row per group."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "kernels.json"
+        tests = Path(__file__).with_name("test_kernels.py")
+        subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", str(tests), f"--benchmark-json={result}"],
+            cwd=ROOT,
+            check=True,
+        )
+        benchmarks = json.loads(result.read_text())["benchmarks"]
+    groups: dict[str, dict[str, float]] = {}
+    for benchmark in benchmarks:
+        ours = benchmark["params"]["side"] in ("compiled", "rows")
+        sides = groups.setdefault(benchmark["group"], {})
+        sides["compiled_s" if ours else "aten_s"] = benchmark["stats"]["median"]
+    return [{"group": group, **sides} for group, sides in groups.items() if len(sides) == 2]
+
+
+# --- all together -------------------------------------------------------------------------------
+
+
+def processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def circumstances(args: argparse.Namespace) -> dict[str, Any]:
+    machine = f"{processor()}, {len(os.sched_getaffinity(0))} cores"
+    if args.device == "cuda":
+        machine = f"{torch.cuda.get_device_name()}, {machine}"
+    packages = ("torch", "torchvision", "captum", "zennit", "captum-rlrp")
+    arguments = shlex.join(sys.argv[1:])
+    return {
+        "date": date.today().isoformat(),
+        "command": f"python benchmarks/run.py {arguments}" if arguments else "make bench",
+        "machine": machine,
+        "threads": torch.get_num_threads(),
+        "dtype": args.dtype,
+        "size": args.size,
+        "backend": show_config()["backend"],
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=SUBJECTS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS)
+    parser.add_argument("--batches", nargs="+", type=int)
+    parser.add_argument("--repeats", type=int, help="rounds at most; fewer if they take long")
+    parser.add_argument("--size", type=int, help="height and width of the images (224)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], default="float32")
+    parser.add_argument("--no-memory", action="store_true", help="measure time only")
+    parser.add_argument(
+        "--quick", action="store_true", help="64², batches 1 and 2, one round, no memory"
+    )
+    parser.add_argument("--kernels", action="store_true", help="the kernels, not the models")
+    parser.add_argument("--out", type=Path, help="the folder that holds docs and benchmarks")
+    parser.add_argument("--alone", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    part = (args.quick, args.models, args.methods, args.batches, args.repeats, args.size)
+    partial = any(part) or args.no_memory
+    args.out = args.out or (ROOT / "build" / "bench" if partial else ROOT)
+    args.models = args.models or list(SUBJECTS)
+    args.methods = args.methods or list(METHODS)
+    args.size = args.size or (64 if args.quick else 224)
+    args.repeats = args.repeats or (1 if args.quick else 30)
+    args.no_memory = args.no_memory or args.quick
+    args.batches = sorted(args.batches or ([1, 2] if args.quick else [1, 8, 32]))
+    return args
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    args = parse()
+    if args.alone:
+        model, method, batch = args.alone
+        inspect_alone(SUBJECTS[model], method, int(batch), args)
+        return
+    if args.kernels:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        figures = circumstances(argparse.Namespace(**{**vars(args), "device": device}))
+        report.write(args.out, "kernels", device, {**figures, "kernels": time_kernels()})
+        return
+    cells: list[Cell] = []
+    for name in args.models:
+        of_model = time_model(name, args)
+        gc.collect()
+        for cell in of_model:
+            if cell.seconds and cell.method != FLOOR and not args.no_memory:
+                inspect(cell, args)
+        ours = [c for c in of_model if c.method == OURS and c.peak_mib is not None]
+        for cell in ours:
+            each = cell.peak_mib / cell.batch if cell.peak_mib is not None else math.nan
+            say(f"  {name}, batch {cell.batch}: {OURS} peaks at {each:.0f} MiB per image")
+        cells += of_model
+    figures = {**circumstances(args), "cells": [asdict(cell) for cell in cells]}
+    report.write(args.out, "models", args.device, figures)
+
+
+if __name__ == "__main__":
+    main()
