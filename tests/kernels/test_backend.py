@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import warnings
 
 import pytest
+import torch
 
 from captum_rlrp import kernels
 from captum_rlrp.kernels import compiled, get_backend, reference
@@ -95,3 +97,12 @@ def test_the_variable_in_a_fresh_process(name):
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert said.stdout.strip() == f"captum_rlrp.kernels.{name}"
+
+
+@pytest.mark.skipif(
+    torch.version.cuda is None or shutil.which("nvcc") is None,
+    reason="CUDA kernels are built where torch has CUDA and nvcc is found",
+)
+@needs_extension
+def test_cuda_kernels_are_compiled_linked_and_loaded():
+    assert compiled.cuda_available(), compiled.cuda_load_error()
