@@ -279,18 +279,29 @@ class Run:
         self._taps[node] = terms
 
     def record_delta(self, start: Node, q: Relevance, end: Node, y: Tensor, r: Relevance) -> None:
-        """Violation of the local law, |Σ q − Σ (y − b) r| / ‖q‖₁."""
+        """Violation of the local law, |Σ q − Σ (y − b) r| / ‖q‖₁.
+
+        Args:
+            start: The section's input.
+            q: Relevance there: the products q, and the factor ‖r‖₁ / ‖q‖₁ still to be applied.
+            end: Its output.
+            y: The output's value less its constant.
+            r: Relevance at the output.
+        """
+        assert q.factor is not None
+        assert r.mass is not None
 
         def total(node: Node, value: Tensor) -> Tensor:
-            value = self.layout(node).samples_first(value.double(), self.batch)
-            return value.reshape(self.batch, -1).sum(1)
+            value = self.layout(node).samples_first(value, self.batch)
+            return value.flatten(1).sum(1, dtype=torch.float64) if value.dim() > 1 else value
 
-        left = total(start, q.values)
-        right = total(end, y.double() * r.values)
+        left, right = total(start, q.values), total(end, y * r.values)
         if r.factor is not None:
             right = right * r.factor
-        mass = total(start, q.values.abs())
-        violation = torch.where(mass > 0, (left - right).abs() / mass, 0.0)
+        violation = (left - right).abs() * q.factor / r.mass
+        # Where no mass arrived or ‖q‖₁ = 0 there is nothing to violate.
+        carries = q.factor < 0.5 * r.mass / torch.finfo(q.factor.dtype).tiny
+        violation = torch.where(carries, violation, 0.0)
         self._delta = violation if self._delta is None else torch.maximum(self._delta, violation)
 
     # ---- the pass -----------------------------------------------------------------------------

@@ -207,14 +207,13 @@ def explain(model: nn.Module, images: Tensor, targets: Tensor) -> list[Explanati
             for _ in range(2):
                 inputs = images.clone().requires_grad_(not isinstance(method, RelativeLRP))
                 start = time.perf_counter()
-                if method.has_convergence_delta():
-                    result, explanation.delta = method.attribute(
-                        inputs, target=targets, return_convergence_delta=True
-                    )
-                else:
-                    result = method.attribute(inputs, target=targets)
+                result = method.attribute(inputs, target=targets)
                 explanation.seconds += (time.perf_counter() - start,)
                 explanation.attributions = result.detach()
+            if method.has_convergence_delta():
+                _, explanation.delta = method.attribute(
+                    inputs, target=targets, return_convergence_delta=True
+                )
         except Exception as error:
             if isinstance(method, RelativeLRP):
                 raise
