@@ -197,7 +197,8 @@ def avg_pool(
 
 def adaptive_avg_pool(r: Tensor, input_shape: Sequence[int]) -> Tensor:
     """See :func:`captum_rlrp.kernels.reference.adaptive_avg_pool`."""
-    if not _covers(r):
+    # Of a global pool the transpose is an expansion, which ATen does faster (docs/benchmarks.md).
+    if all(size == 1 for size in r.shape[2:]) or not _covers(r):
         return reference.adaptive_avg_pool(r, input_shape)
     result: Tensor = ops.adaptive_avg_pool(r, list(input_shape))
     return result
