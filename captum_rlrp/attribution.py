@@ -29,7 +29,7 @@ from .capture import CapturedGraph, check_eval_mode, unwrap
 from .engine import Captured, Engine
 from .errors import InputError
 from .kernels import get_backend, is_reference_forced
-from .layers import layer_calls, module_names
+from .layers import layer_calls, leaf_calls, module_names
 from .sections import Section
 
 Backend = Literal["auto", "compiled", "reference"]
@@ -306,11 +306,10 @@ class LayerRelativeLRP(_Explainer, LayerAttribution):
         additional = _format_additional_forward_args(additional_forward_args) or ()
         check_eval_mode(self._engine.model)
         batch = len(tensors[0])
-        groups: list[list[Node]] = []
         key = (attribute_to_layer_input, None if self._names is None else str(self._names))
 
         def wanted(graph: CapturedGraph, explained: Sequence[Node]) -> list[Node]:
-            groups[:] = self._groups(graph, explained, attribute_to_layer_input)
+            groups = self._groups(graph, explained, attribute_to_layer_input)
             return list(dict.fromkeys(node for group in groups for node in group))
 
         # The empty batch runs as one sample, of which nothing is kept.
@@ -363,8 +362,6 @@ class LayerRelativeLRP(_Explainer, LayerAttribution):
     def _leaves(
         self, graph: CapturedGraph, explained: Sequence[Node]
     ) -> list[tuple[str, list[Node]]]:
-        from .layers import leaf_calls
-
         return leaf_calls(self._engine.model, graph, explained)
 
     def _groups(
