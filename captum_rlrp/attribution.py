@@ -39,7 +39,9 @@ ModuleOrModules = nn.Module | Sequence[nn.Module] | None
 class _Explainer:
     """What the input and the layer variant share."""
 
-    def _prepare(self, model: nn.Module, backend: Backend) -> None:
+    def _prepare(
+        self, model: nn.Module, backend: Backend, layers: Sequence[str] | None = ()
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise InputError(
                 f"Relative LRP explains a torch.nn.Module, not a {type(model).__name__}: it "
@@ -49,7 +51,8 @@ class _Explainer:
         self.backend = backend
         kernels = get_backend(backend)
         # Where the reference is asked for, the graph runs as captured: the plainest definition.
-        self._engine = Engine(unwrap(model), kernels, fuses=not is_reference_forced(backend))
+        fuses = not is_reference_forced(backend)
+        self._engine = Engine(unwrap(model), kernels, fuses, layers)
 
     def has_convergence_delta(self) -> bool:
         """True: the delta is the largest violation of the local law (see ``attribute``)."""
@@ -258,13 +261,14 @@ class LayerRelativeLRP(_Explainer, LayerAttribution):
     def __init__(
         self, model: nn.Module, layer: ModuleOrModules = None, backend: Backend = "auto"
     ) -> None:
-        self._prepare(model, backend)
+        self._prepare(model, backend, None)
         LayerAttribution.__init__(self, model, layer)
         self._many = layer is None or isinstance(layer, (list, tuple, nn.ModuleList))
         self._names: list[list[str]] | None = None
         if layer is not None:
             modules: Sequence[nn.Module] = list(layer) if self._many else [layer]  # type: ignore[arg-type,list-item]
             self._names = [module_names(self._engine.model, unwrap(m)) for m in modules]
+            self._engine.layers = [names[0] for names in self._names]
 
     @log_usage(part_of_slo=True)
     def attribute(

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import logging
 import operator
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, Node
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from .errors import CaptureError, InputError, TrainingModeError
 
@@ -137,6 +139,9 @@ def place_of(node: Node) -> str:
     return f"{module}, {source_of(node)}"
 
 
+_NOT_THE_USERS = ("/torch/nn/", str(Path(__file__)))
+
+
 def source_of(node: Node) -> str:
     """The user's line of source that made the call."""
     frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
@@ -144,14 +149,19 @@ def source_of(node: Node) -> str:
     if not places:
         return "source line unknown"
     # torch's own frames (a module calling its functional form) say little: prefer the user's.
-    user = [i for i in places if "/torch/nn/" not in frames[i]] or places
+    user = [i for i in places if not any(p in frames[i] for p in _NOT_THE_USERS)] or places
     last = user[-1]
     file, line = frames[last].split(", ")[:2]
     code = frames[last + 1] if last + 1 < len(frames) else ""
     return f"{file[5:].strip(chr(34))}:{line.removeprefix('line ')}: {code}"
 
 
-def capture(model: nn.Module, args: Sequence[Any], batch_size: int | None) -> CapturedGraph:
+def capture(
+    model: nn.Module,
+    args: Sequence[Any],
+    batch_size: int | None,
+    layers: Collection[nn.Module] = (),
+) -> CapturedGraph:
     """Captures ``model(*args)``.
 
     Args:
@@ -159,6 +169,8 @@ def capture(model: nn.Module, args: Sequence[Any], batch_size: int | None) -> Ca
         args: Its positional arguments.
         batch_size: The size of dimension 0 of the tensors that carry the batch. The batch is
             left symbolic where the model allows it. None captures exactly these arguments.
+        layers: Modules whose outputs must be values of their own, even where they return what
+            they were given (``nn.Identity``).
 
     Raises:
         CaptureError: If export refuses, with its own text, or if the output is not one tensor.
@@ -171,7 +183,9 @@ def capture(model: nn.Module, args: Sequence[Any], batch_size: int | None) -> Ca
         torch.backends.mha.set_fastpath_enabled(False)
         try:
             program = torch.export.export(
-                _shadow(model), example, dynamic_shapes=(shapes,) if _is_variadic(model) else shapes
+                _shadow(model, layers),
+                example,
+                dynamic_shapes=(shapes,) if _is_variadic(model) else shapes,
             )
             decompositions = _needed_decompositions(program)
             if decompositions is not None:
@@ -185,11 +199,11 @@ def capture(model: nn.Module, args: Sequence[Any], batch_size: int | None) -> Ca
         return _normalise(program, model)
 
 
-def _shadow(model: nn.Module) -> nn.Module:
+def _shadow(model: nn.Module, layers: Collection[nn.Module]) -> nn.Module:
     """A second tree of modules that shares every tensor with the user's.
 
     Export swaps a module's parameters while it traces; the user's own must stay what they are,
-    for other threads too.
+    for other threads too. Of `layers`, what they return unchanged becomes a value of its own.
     """
     twins: dict[nn.Module, nn.Module] = {}
 
@@ -207,9 +221,25 @@ def _shadow(model: nn.Module) -> nn.Module:
             for name, value in module.__dict__.items():
                 if isinstance(value, nn.Module):  # held without being registered
                     copied.__dict__[name] = twin(value)
+            if module in layers:
+                copied.__dict__["forward"] = _with_outputs_of_its_own(copied.forward)
         return twins[module]
 
     return twin(model)
+
+
+def _with_outputs_of_its_own(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        given = {id(x): x._version for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+
+        def renew(x: Any) -> Any:
+            unchanged = isinstance(x, Tensor) and given.get(id(x)) == x._version
+            return aten.alias(x) if unchanged else x
+
+        return tree_map(renew, forward(*args, **kwargs))
+
+    return wrapped
 
 
 def _example(

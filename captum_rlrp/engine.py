@@ -19,7 +19,7 @@ from torch.fx import Node
 from .capture import CapturedGraph, capture, check_eval_mode, flatten_arguments
 from .errors import CaptureError, InputError, NonFiniteError
 from .fusion import fuse
-from .program import Program, find_non_finite
+from .program import Program, Run, find_non_finite
 from .sections import plan
 
 _CACHED_PROGRAMS = 32
@@ -60,10 +60,18 @@ class Engine:
         model: The unwrapped module.
         kernels: The backend.
         fuses: Whether the forward may fold and fuse; otherwise it runs as captured.
+        layers: Names of the modules whose outputs are asked for; None stands for all leaves.
     """
 
-    def __init__(self, model: nn.Module, kernels: ModuleType, fuses: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        kernels: ModuleType,
+        fuses: bool = True,
+        layers: Sequence[str] | None = (),
+    ) -> None:
         self.model = model
+        self.layers = layers
         self.fuses = fuses
         self.kernels = kernels
         self._cache: OrderedDict[Hashable, Captured] = OrderedDict()
@@ -138,7 +146,7 @@ class Engine:
     ) -> Captured:
         check_eval_mode(self.model)
         try:
-            graph = capture(self.model, args, batch)
+            graph = capture(self.model, args, batch, self._layers())
         except CaptureError as error:
             graph = self._capture_single(args, batch, error)
         if graph.batch is None:
@@ -162,7 +170,7 @@ class Engine:
     ) -> CapturedGraph:
         """The model fixes its batch size: it may still run on one sample at a time."""
         try:
-            return capture(self.model, _take(args, slice(0, 1), batch), None)
+            return capture(self.model, _take(args, slice(0, 1), batch), None, self._layers())
         except CaptureError as second:
             self._check_runs(args)
             if error is not None:
@@ -171,6 +179,11 @@ class Engine:
                 f"{type(self.model).__name__} runs for a batch of {batch} only (its forward fixes "
                 f"the batch size, in a reshape perhaps): {second}"
             ) from second
+
+    def _layers(self) -> list[nn.Module]:
+        if self.layers is None:
+            return [m for m in self.model.modules() if not any(True for _ in m.children())]
+        return [self.model.get_submodule(name) for name in self.layers]
 
     def _check_runs(self, args: Sequence[Any]) -> None:
         """Where the model itself fails on the arguments, that is the error to show."""
@@ -220,8 +233,7 @@ class Engine:
             run = program.forward(dict(values))
             relevance, column = start(run.output, rows)
             result = run.propagate(relevance, column, rows.stop - rows.start, measure_delta)
-            if not run.is_finite(args[:explained]):
-                raise self._non_finite(program, values, args[:explained])
+            self._check_finite(program, run, values, args[:explained])
             by_node = dict(zip(captured.explained, args, strict=False))
             parts = []
             for node in captured.wanted:
@@ -232,18 +244,28 @@ class Engine:
                 parts.append(part)
         return Explanation(parts, result.delta)
 
-    def _non_finite(
-        self, program: Program, values: dict[Node, Any], inputs: Sequence[Tensor]
-    ) -> NonFiniteError:
+    def _check_finite(
+        self, program: Program, run: Run, values: dict[Node, Any], inputs: Sequence[Tensor]
+    ) -> None:
+        finite_met, finite_watched = run.look(inputs)
+        if finite_met and finite_watched:
+            return
         for i, x in enumerate(inputs):
             if x.is_floating_point() and not x.isfinite().all():
                 kind = "NaN" if x.isnan().any() else "infinite values"
                 sample = int((~x.isfinite()).flatten(1).any(1).nonzero()[0]) if x.dim() > 1 else 0
-                return NonFiniteError(
+                raise NonFiniteError(
                     f"Input {i} contains {kind} (first in sample {sample}); an explanation needs "
                     "finite inputs. Remove or impute them."
                 )
-        return find_non_finite(program, values)
+        error = find_non_finite(program, values)
+        if error is not None:
+            raise error
+        if not finite_met:
+            raise NonFiniteError(
+                "Relevance overflowed although every value of the model is finite: the weights are "
+                "too large for this dtype. Use float64 (model.double(), inputs.double())."
+            )
 
 
 def _no_autocast(args: Sequence[Any]) -> Any:

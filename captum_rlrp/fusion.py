@@ -107,7 +107,7 @@ class FusedConvolution:
         weight, bias = self.weight_and_bias(run)
         args = self.conv.args
         if _onednn_covers(x, weight) and not isinstance(args["padding"], str):
-            y = self._onednn(x, other, weight, bias)
+            y = self._onednn(run, x, other, weight, bias)
             if y is not None:
                 return y
         y = self.conv.target(
@@ -115,10 +115,13 @@ class FusedConvolution:
         )
         if other is not None:
             y = y.add_(other)
-        return y if self.activate is None else self.activate(y)
+        if self.activate is None:
+            return y
+        run.watch(y)
+        return self.activate(y)
 
     def _onednn(
-        self, x: Tensor, other: Tensor | None, weight: Tensor, bias: Tensor | None
+        self, run: Run, x: Tensor, other: Tensor | None, weight: Tensor, bias: Tensor | None
     ) -> Tensor | None:
         axes, args = x.dim() - 2, self.conv.args
         geometry = [
@@ -131,6 +134,8 @@ class FusedConvolution:
             if found is None:
                 return None
             name, wanted = found
+            # oneDNN's activations hide even a NaN.
+            run.watch_product(x, weight, bias)
             scalars = [self.activation.args[s] if isinstance(s, str) else s for s in wanted]
         ops = torch.ops.mkldnn
         if other is None:

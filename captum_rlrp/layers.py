@@ -68,8 +68,7 @@ def layer_calls(
         where = "reads" if of_inputs else "computes"
         raise InputError(
             f"The layer '{names[0]}' {where} no value that depends on the inputs and leads to the "
-            "output: it is not called, or does nothing (nn.Identity). Choose the layer before or "
-            "behind it."
+            "output. Choose a layer that the explained output goes through."
         )
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -17,7 +16,9 @@ from .errors import NonFiniteError
 from .fusion import Instruction
 from .layout import Layout, memory_format
 from .rules import Call, Relevance
-from .sections import Plan
+from .rules.passthrough import PassThrough
+from .rules.skip import Sum
+from .sections import Plan, Single
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,14 @@ class Program:
             if node.op == "call_function" and (node in self.instructions or node not in covered)
         ]
         self.measured = frozenset(n for n in graph.nodes if n in plan.layouts)
+        # Activation → its operand, where an infinity could vanish without a trace.
+        self.saturates = {
+            step.output: step.carriers[0]
+            for step in plan.steps
+            if isinstance(step, Single)
+            and isinstance(step.rule, PassThrough)
+            and step.rule.saturates(step.call)
+        }
         last: dict[Node, int] = {}
         for i, node in enumerate(self.calls):
             made = self.instructions.get(node)
@@ -112,6 +121,7 @@ class Run:
         self._likes: dict[Node, Like] = {}
         self._taps: dict[Node, list[Relevance]] = {}
         self._masses: list[Tensor] = []
+        self._watched: list[Tensor] = []
         self._delta: Tensor | None = None
         self._column: Tensor | None = None
         for node in program.graph.nodes:
@@ -124,6 +134,8 @@ class Run:
                     values[node] = _channels_last(values[node])
         for i, node in enumerate(program.calls):
             made = program.instructions.get(node)
+            if node in program.saturates and program.saturates[node] in values:
+                self.watch(values[program.saturates[node]])
             if made is not None:
                 value = made(self)
                 for covered in made.covers:
@@ -358,16 +370,39 @@ class Run:
             return torch.zeros(self.batch, dtype=torch.float64, device=start.device)
         return self._delta
 
-    def is_finite(self, inputs: Sequence[Tensor]) -> bool:
-        """Whether every value that relevance met was finite, and every input; one look at all.
+    def watch(self, value: Tensor) -> None:
+        """Has :meth:`look` tell whether a value is finite that an activation is about to hide.
 
-        A sum is finite only if every summand is, and float64 has room for any sum of the others.
+        A sum is finite only if every summand is.
+        """
+        self._watched.append(value.sum(dtype=torch.promote_types(value.dtype, torch.float32)))
+
+    def watch_product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        """The same for a convolution whose result is never stored, by what it is made of.
+
+        With Σx² and Σw² finite, |Σ x w| ≤ ‖x‖ ‖w‖ is too (Cauchy and Schwarz).
+        """
+        if bias is not None:
+            self.watch(bias)
+        for value in (x, weight):
+            flat = value.permute(0, *range(2, value.dim()), 1).reshape(-1)
+            self._watched.append(torch.dot(flat, flat))
+
+    def look(self, inputs: Sequence[Tensor]) -> tuple[bool, bool]:
+        """Whether every value that relevance met was finite; whether every watched one was.
+
+        One look at all, as each waits for the device. The second may say no where values are merely
+        huge.
         """
         values = [x for x in (*inputs, self.output) if x.is_floating_point()]
-        sums = [value.sum(dtype=torch.float64) for value in values]
+        met = [value.sum(dtype=torch.float64) for value in values]
+        # float64 has room for any sum of the others.
         if self._masses:
-            sums.append(torch.stack(self._masses).sum(dtype=torch.float64))
-        return bool(torch.stack(sums).isfinite().all())
+            met.append(torch.stack(self._masses).sum(dtype=torch.float64))
+        watched = [value.to(torch.float64) for value in self._watched] or [torch.zeros_like(met[0])]
+        sums = torch.stack([torch.stack(met).sum(), torch.stack(watched).sum()])
+        finite_met, finite_watched = sums.isfinite().tolist()
+        return finite_met, finite_watched
 
 
 def _channels_last(value: Tensor) -> Tensor:
@@ -378,32 +413,34 @@ def _channels_last(value: Tensor) -> Tensor:
     return value
 
 
-def find_non_finite(program: Program, values: dict[Node, Any]) -> NonFiniteError:
-    """Runs the forward once more, looking at every value, to name the first that is not finite."""
+def find_non_finite(program: Program, values: dict[Node, Any]) -> NonFiniteError | None:
+    """Runs the forward once more, looking at every value, to name the first that is not finite.
+
+    An infinity is passed over where the model means it: a mask in front of a softmax or a maximum,
+    or in the computation of a gate.
+    """
     values = dict(values)
     resolve = Run._resolve
     probe = object.__new__(Run)
     probe._values = values
-    for node in program.calls:
+    met = set(program.saturates.values()) | program.plan.kept | {program.graph.output}
+    for step in program.plan.steps:
+        if isinstance(step, Single) and isinstance(step.rule, Sum):
+            met.update(step.carriers)
+    for node in program.graph.nodes:
+        if node.op != "call_function":
+            continue
         value = node.target(*resolve(probe, node.args), **resolve(probe, node.kwargs))  # type: ignore[operator]
         values[node] = value
-        used = node in program.plan.kept or node is program.graph.output
-        if node.target is operator.getitem or not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
             continue
-        if value.is_floating_point() and node in program.measured and not value.isfinite().all():
-            kind = "NaN" if value.isnan().any() else "infinite values"
-            if used or value.isnan().any() or _spreads(node, program):
+        if node in program.measured and not value.isfinite().all():
+            is_nan = bool(value.isnan().any())
+            if node in met or is_nan:
                 return NonFiniteError(
-                    f"The model produces {kind} at {node.target} in {place_of(node)}; an "
-                    "explanation needs finite values. Check the weights and the scale of the "
-                    "inputs, or use a wider dtype (float32, bfloat16)."
+                    f"The model produces {'NaN' if is_nan else 'infinite values'} at "
+                    f"{node.target} in {place_of(node)}; an explanation needs finite values. Check "
+                    "the weights and the scale of the inputs, or use a wider dtype (float32, "
+                    "bfloat16)."
                 )
-    return NonFiniteError(
-        "Relevance overflowed although every value of the model is finite: the weights are too "
-        "large for this dtype. Use float64 (model.double(), inputs.double())."
-    )
-
-
-def _spreads(node: Node, program: Program) -> bool:
-    """Whether the value is on the way of relevance rather than in a gate."""
-    return any(node is step.output or node in step.carriers for step in program.plan.steps)
+    return None

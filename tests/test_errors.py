@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -216,6 +217,74 @@ def test_non_finite_parameter() -> None:
     model[2].weight.data[3, 3] = float("nan")
     with pytest.raises(NonFiniteError, match="2"):
         RelativeLRP(model).attribute(X, target=0)
+
+
+class Skip(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Conv2d(3, 3, 3, padding=1)
+        self.side = nn.Conv2d(3, 3, 1)
+        self.head = nn.Linear(48, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.branch(x) + self.side(x)).flatten(1))
+
+
+def saturating(first: nn.Module, *then: nn.Module) -> nn.Sequential:
+    width = 48 if isinstance(first, nn.Conv2d) else 5
+    return nn.Sequential(first, *then, nn.Flatten(), nn.Linear(width, 2)).eval()
+
+
+HIDING = {
+    "linear-sigmoid": (lambda: saturating(nn.Linear(4, 5), nn.Sigmoid()), "0.weight", "'0'"),
+    "linear-relu": (lambda: saturating(nn.Linear(4, 5), nn.ReLU()), "0.weight", "'0'"),
+    "linear-clamp": (lambda: saturating(nn.Linear(4, 5), nn.Hardtanh()), "0.weight", "'0'"),
+    "conv-relu": (lambda: saturating(nn.Conv2d(3, 3, 1), nn.ReLU()), "0.weight", "'0'"),
+    "conv-relu6": (lambda: saturating(nn.Conv2d(3, 3, 1), nn.ReLU6()), "0.weight", "'0'"),
+    "conv-sigmoid": (lambda: saturating(nn.Conv2d(3, 3, 1), nn.Sigmoid()), "0.bias", "'0'"),
+    "conv-bn-relu": (
+        lambda: saturating(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()),
+        "1.running_mean",
+        "'1'",
+    ),
+    "skip": (Skip, "branch.weight", "'branch'"),
+    "skip-side": (Skip, "side.weight", "'side'"),
+}
+
+
+@pytest.mark.parametrize("value", [float("nan"), -1e38, 1e38])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("case", HIDING)
+def test_non_finite_values_that_an_activation_hides(case: str, backend: str, value: float) -> None:
+    make, parameter, place = HIDING[case]
+    model = make().eval()
+    tensor = model.state_dict()[parameter]
+    tensor[0] = value * math.inf if tensor.dim() == 1 else value
+    x = torch.full((2, 4), 100.0) if case.startswith("linear") else torch.full((2, 3, 4, 4), 100.0)
+    with pytest.raises(NonFiniteError, match=place):
+        RelativeLRP(model, backend=backend).attribute(x, target=0)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_huge_but_finite_values_are_explained(backend: str) -> None:
+    model = saturating(nn.Conv2d(3, 3, 1), nn.ReLU6())
+    model[0].weight.data[0] = 1e19  # Σw² overflows, no value does
+    attributions = RelativeLRP(model, backend=backend).attribute(torch.ones(2, 3, 4, 4), target=0)
+    torch.testing.assert_close(attributions.abs().sum((1, 2, 3)), torch.ones(2))
+
+
+def test_a_mask_of_infinities_is_no_error() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            forbidden = torch.tensor([False, True, False])
+            return self.head(x).masked_fill(forbidden, float("-inf")).softmax(-1)
+
+    attributions = RelativeLRP(Masked().eval()).attribute(X, target=0)
+    torch.testing.assert_close(attributions.abs().sum(1), torch.ones(len(X)))
 
 
 def test_half_precision_overflow_is_named() -> None:

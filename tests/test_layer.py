@@ -309,3 +309,53 @@ def test_additional_forward_args() -> None:
     )
     assert isinstance(twice, tuple)
     assert len(twice) == 2
+
+
+class PassesOn(nn.Module):
+    """Modules that return what they were given, between others and at a fan-out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, padding=1)
+        self.inside = nn.Identity()
+        self.norm = nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True)
+        self.empty = nn.Sequential()
+        self.branch = nn.Sequential(nn.Identity(), nn.Sequential())
+        self.head = nn.Linear(4 * 36, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.empty(self.relu(self.norm(self.inside(self.conv(x)))))
+        return self.head((h + 2 * self.branch(h)).flatten(1))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_modules_that_do_nothing(backend: str) -> None:
+    torch.manual_seed(0)
+    model = randomise_norms(PassesOn()).eval()
+    x = torch.randn(3, 2, 6, 6, dtype=torch.float64)
+    model.double()
+
+    def at(layer: nn.Module, **options: bool) -> Tensor:
+        explainer = LayerRelativeLRP(model, layer, backend=backend)
+        return explainer.attribute(x, target=1, **options)
+
+    torch.testing.assert_close(at(model.inside), at(model.conv))
+    torch.testing.assert_close(at(model.inside, attribute_to_layer_input=True), at(model.conv))
+    torch.testing.assert_close(at(model.empty), at(model.relu))
+    # h + 2h: a third takes the direct way, two thirds go through the branch and what is in it.
+    for layer in (model.branch, *model.branch):
+        torch.testing.assert_close(at(layer), at(model.relu) * 2 / 3)
+    assert "branch.0" in LayerRelativeLRP(model, backend=backend).layer_names(x)
+
+
+def test_an_identity_as_the_model_and_at_its_ends() -> None:
+    x = torch.randn(2, 4)
+    identity = nn.Identity().eval()
+    expected = torch.tensor([[0.0, 1, 0, 0]] * 2)
+    torch.testing.assert_close(LayerRelativeLRP(identity, identity).attribute(x, 1), expected)
+    model = nn.Sequential(nn.Identity(), nn.Linear(4, 3), nn.Identity()).eval()
+    first = LayerRelativeLRP(model, model[0]).attribute(x, target=1)
+    torch.testing.assert_close(first, RelativeLRP(model).attribute(x, target=1))
+    last = LayerRelativeLRP(model, model[2]).attribute(x, target=1)
+    torch.testing.assert_close(last, expected[:, :3])

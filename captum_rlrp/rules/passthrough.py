@@ -28,6 +28,14 @@ class PassThrough(Rule):
     def carriers(self, call: Call) -> tuple[Node, ...]:
         return (call.args[self.operand],)
 
+    def saturates(self, call: Call) -> bool:
+        """Whether an infinite operand may give a finite result that the model did not mean.
+
+        In front of a softmax an infinity is a mask, and ``nan_to_num`` is there to remove it.
+        """
+        name = call.target.overloadpacket.__name__
+        return self.operand == "self" and "softmax" not in name and name != "nan_to_num"
+
     def propagate(self, run: Run, call: Call, terms: list[Relevance]) -> list[list[Relevance]]:
         shape = run.like(call.args[self.operand]).shape
         if run.like(call.node).shape == shape:
