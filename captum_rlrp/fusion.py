@@ -43,6 +43,9 @@ _ONEDNN = {
     aten.leaky_relu: ("leaky_relu", ("negative_slope",)),
 }
 
+# Activations with |act(z)| ≤ |z|.
+_SHRINKING = {aten.relu, aten.relu6, aten.silu, aten.hardswish, aten.tanh}
+
 
 @dataclass(frozen=True, eq=False)
 class FusedConvolution:
@@ -107,8 +110,14 @@ class FusedConvolution:
         weight, bias = self.weight_and_bias(run)
         args = self.conv.args
         if _onednn_covers(x, weight) and not isinstance(args["padding"], str):
-            y = self._onednn(run, x, other, weight, bias)
+            y = self._onednn(x, other, weight, bias)
             if y is not None:
+                if self.activation is not None:  # oneDNN's hide even a NaN
+                    source = self.conv.args["input"]
+                    shrinks = _packet(self.activation.node) in _SHRINKING
+                    run.watch_convolution(
+                        source, weight, bias, self.other, self.node if shrinks else None, y
+                    )
                 return y
         y = self.conv.target(
             x, weight, bias, args["stride"], args["padding"], args["dilation"], args["groups"]
@@ -121,7 +130,7 @@ class FusedConvolution:
         return self.activate(y)
 
     def _onednn(
-        self, run: Run, x: Tensor, other: Tensor | None, weight: Tensor, bias: Tensor | None
+        self, x: Tensor, other: Tensor | None, weight: Tensor, bias: Tensor | None
     ) -> Tensor | None:
         axes, args = x.dim() - 2, self.conv.args
         geometry = [
@@ -134,8 +143,6 @@ class FusedConvolution:
             if found is None:
                 return None
             name, wanted = found
-            # oneDNN's activations hide even a NaN.
-            run.watch_product(x, weight, bias)
             scalars = [self.activation.args[s] if isinstance(s, str) else s for s in wanted]
         ops = torch.ops.mkldnn
         if other is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -122,6 +123,7 @@ class Run:
         self._taps: dict[Node, list[Relevance]] = {}
         self._masses: list[Tensor] = []
         self._watched: list[Tensor] = []
+        self._energies: dict[Node, float] = {}  # upper bounds of Σx²
         self._delta: Tensor | None = None
         self._column: Tensor | None = None
         for node in program.graph.nodes:
@@ -377,16 +379,36 @@ class Run:
         """
         self._watched.append(value.sum(dtype=torch.promote_types(value.dtype, torch.float32)))
 
-    def watch_product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        """The same for a convolution whose result is never stored, by what it is made of.
+    def watch_convolution(
+        self,
+        source: Node,
+        weight: Tensor,
+        bias: Tensor | None,
+        other: Node | None,
+        result: Node | None,
+        y: Tensor,
+    ) -> None:
+        """The same for a convolution with a ReLU, whose operand was never stored: by bounds.
 
-        With Σx² and Σw² finite, |Σ x w| ≤ ‖x‖ ‖w‖ is too (Cauchy and Schwarz).
+        By Cauchy and Schwarz |Σ w x|² ≤ Σw² Σx², and Σx² of the next convolution's input follows
+        from this one's: few images need a pass of their own.
         """
-        if bias is not None:
-            self.watch(bias)
-        for value in (x, weight):
-            flat = value.permute(0, *range(2, value.dim()), 1).reshape(-1)
-            self._watched.append(torch.dot(flat, flat))
+        of_weight = _energy(weight)
+        of_bias = 0.0 if bias is None else _energy(bias)
+        known = self._energies.get(source, math.inf)
+        if not known * of_weight < _LARGE:
+            known = self._energies[source] = _energy(self._values[source])
+        if not known * of_weight + of_bias < _LARGE:
+            self._watched.append(y.new_full((), math.inf))
+            return
+        if result is None:
+            return
+        # Each x meets every tap of a filter at most once; each bias every place.
+        places = y.numel() // len(weight)
+        bound = 2 * (math.prod(weight.shape[2:]) * of_weight * known + places * of_bias)
+        if other is not None:
+            bound = 2 * (bound + self._energies.get(other, math.inf))
+        self._energies[result] = bound
 
     def look(self, inputs: Sequence[Tensor]) -> tuple[bool, bool]:
         """Whether every value that relevance met was finite; whether every watched one was.
@@ -403,6 +425,13 @@ class Run:
         sums = torch.stack([torch.stack(met).sum(), torch.stack(watched).sum()])
         finite_met, finite_watched = sums.isfinite().tolist()
         return finite_met, finite_watched
+
+
+_LARGE = 1e74  # the square of what float32 holds, and some room
+
+
+def _energy(value: Tensor) -> float:
+    return torch.linalg.vector_norm(value).item() ** 2
 
 
 def _channels_last(value: Tensor) -> Tensor:
