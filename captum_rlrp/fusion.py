@@ -77,17 +77,11 @@ class FusedConvolution:
             nodes += [n for n in self.norm.nodes() if n is not self.conv.node]
         return tuple(nodes)
 
-    def weight_and_bias(self, run: Run) -> tuple[Tensor, Tensor | None]:
-        """The convolution's parameters with the batch norm folded in, made once a run.
+    def fold(self, run: Run) -> tuple[Tensor, Tensor | None]:
+        """The convolution's parameters with the batch norm folded in.
 
         Folded weights are laid out as the convolutions of either direction want them.
         """
-        found = run.scratch.get(self)
-        if found is None:
-            found = run.scratch[self] = self._fold(run)
-        return found
-
-    def _fold(self, run: Run) -> tuple[Tensor, Tensor | None]:
         weight: Tensor = run.value(self.conv.args["weight"])
         bias: Tensor | None = run.value(self.conv.args["bias"])
         like = run.like(self.conv.args["input"])
@@ -95,7 +89,7 @@ class FusedConvolution:
         if self.norm is None:
             return folded.copy_(weight) if folded.stride() != weight.stride() else weight, bias
         args = self.norm.args
-        scale = BatchNorm().scale(run, self.norm, 2).view(-1)
+        scale = self.scale(run, 2).view(-1)
         shift = run.value(args["running_mean"]) * scale
         if bias is not None:
             shift = shift - bias * scale
@@ -104,22 +98,35 @@ class FusedConvolution:
         torch.mul(weight, scale.view([-1] + [1] * (weight.dim() - 1)), out=folded)
         return folded, shift
 
+    def scale(self, run: Run, dims: int) -> Tensor:
+        """What the batch norm multiplies each channel by."""
+        assert self.norm is not None
+        return BatchNorm().scale(run, self.norm, dims)
+
     def __call__(self, run: Run) -> Tensor:
         x: Tensor = run.value(self.conv.args["input"])
         other: Tensor | None = run.value(self.other)
-        weight, bias = self.weight_and_bias(run)
+        weight, bias = self.fold(run)
+        y = self._convolve(run, x, other, weight, bias)
+        if weight.numel() <= y.numel():
+            run.scratch[self] = weight  # for the way back; there it is cheaper to scale a small g
+        return y
+
+    def _convolve(
+        self, run: Run, x: Tensor, other: Tensor | None, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
         args = self.conv.args
         if _onednn_covers(x, weight) and not isinstance(args["padding"], str):
-            y = self._onednn(x, other, weight, bias)
-            if y is not None:
+            fused = self._onednn(x, other, weight, bias)
+            if fused is not None:
                 if self.activation is not None:  # oneDNN's hide even a NaN
                     source = self.conv.args["input"]
                     shrinks = _packet(self.activation.node) in _SHRINKING
                     run.watch_convolution(
-                        source, weight, bias, self.other, self.node if shrinks else None, y
+                        source, weight, bias, self.other, self.node if shrinks else None, fused
                     )
-                return y
-        y = self.conv.target(
+                return fused
+        y: Tensor = self.conv.target(
             x, weight, bias, args["stride"], args["padding"], args["dilation"], args["groups"]
         )
         if other is not None:
@@ -190,14 +197,16 @@ class FoldedConvolution(Convolution):
         return tuple(n for n in self.instruction.reads if n not in call.active)
 
     def transpose(self, run: Run, call: Call, g: Tensor) -> Tensor:
-        g = self._transpose(run, call, g, self.instruction.weight_and_bias(run)[0])
-        if not run.measures_delta:
-            run.scratch.pop(self.instruction, None)
-        return g
+        made = self.instruction
+        weight: Tensor | None = run.scratch.pop(made, None)
+        if weight is None:
+            weight = run.value(made.conv.args["weight"])
+            if made.norm is not None:
+                g = g * made.scale(run, g.dim()).to(g.dtype)
+        return self._transpose(run, call, g, weight)
 
     def linear_part(self, run: Run, call: Call, x: Tensor) -> Tensor:
-        weight = self.instruction.weight_and_bias(run)[0].to(x.dtype)
-        args = call.args
+        args, weight = call.args, self.instruction.fold(run)[0].to(x.dtype)
         y: Tensor = call.target(
             x, weight, None, args["stride"], args["padding"], args["dilation"], args["groups"]
         )
