@@ -14,6 +14,7 @@ import logging
 import operator
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -490,6 +491,26 @@ def _functional_twin(target: Any) -> Any:
     return getattr(packet, target._overloadname, None) if packet is not None else None
 
 
+# In evaluation these return their operand itself.
+_DROPOUTS = {
+    aten.dropout.default,
+    aten.alpha_dropout.default,
+    aten.feature_dropout.default,
+    aten.feature_alpha_dropout.default,
+}
+
+
+def unshared(graph: CapturedGraph) -> frozenset[Node]:
+    """The results of calls that share their storage with no other value."""
+    root = _alias_roots(graph.graph)
+    sharing = Counter(root.values())
+    return frozenset(
+        node
+        for node in graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload) and sharing[root[node]] == 1
+    )
+
+
 def _alias_roots(graph: Graph) -> dict[Node, Node]:
     """Value → the value whose storage it may share."""
     root: dict[Node, Node] = {}
@@ -497,7 +518,7 @@ def _alias_roots(graph: Graph) -> dict[Node, Node]:
         target = node.target
         shares = target is operator.getitem or (
             isinstance(target, torch._ops.OpOverload)
-            and (target.is_view or target._schema.is_mutable or target is aten.dropout.default)
+            and (target.is_view or target._schema.is_mutable or target in _DROPOUTS)
         )
         source = node.args[0] if node.args and isinstance(node.args[0], Node) else None
         root[node] = root[source] if shares and source is not None else node

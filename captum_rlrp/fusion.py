@@ -108,8 +108,8 @@ class FusedConvolution:
         other: Tensor | None = run.value(self.other)
         weight, bias = self.fold(run)
         y = self._convolve(run, x, other, weight, bias)
-        if weight.numel() <= y.numel():
-            run.scratch[self] = weight  # for the way back; there it is cheaper to scale a small g
+        if self.norm is not None and weight.numel() <= y.numel():
+            run.scratch[self] = weight  # for the way back; otherwise scaling g there is cheaper
         return y
 
     def _convolve(

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .capture import CapturedGraph, place_of
+from .capture import CapturedGraph, place_of, unshared
 from .errors import NonFiniteError
 from .fusion import Instruction
+from .kernels.reference import same_layout
 from .layout import Layout, memory_format
 from .rules import Call, Relevance
 from .rules.passthrough import PassThrough
@@ -95,6 +96,8 @@ class Program:
         for node, i in last.items():
             if node not in keep:
                 self.released[i].append(node)
+        # What a fused run may write over once it was read for the last time.
+        self.overwritable = unshared(graph) - {graph.output} if self.instructions else frozenset()
         # A kept value is freed as soon as the last step that reads it is done.
         self.finished: list[list[Node]] = [[] for _ in plan.steps]
         seen: set[Node] = set()
@@ -122,6 +125,7 @@ class Run:
         self._likes: dict[Node, Like] = {}
         self._taps: dict[Node, list[Relevance]] = {}
         self._masses: list[Tensor] = []
+        self._spent: frozenset[Node] = frozenset()  # values nobody reads after the present step
         self._watched: list[Tensor] = []
         self._energies: dict[Node, float] = {}  # upper bounds of Σx²
         self._delta: Tensor | None = None
@@ -272,13 +276,12 @@ class Run:
         """``v ⊙ g``, carried to the mass of `r`: the rule of method.md §2 at the value `node`."""
         assert r.mass is not None
         layout = self.layout(node)
-        v = self._values[node]
-        q, s = self.kernels.product(
-            layout.samples_first(v.to(g.dtype), self.batch),
-            layout.samples_first(g, self.batch),
-            r.factor,
-            inplace=may_overwrite,
-        )
+        v = layout.samples_first(self._values[node].to(g.dtype), self.batch)
+        g = layout.samples_first(g, self.batch)
+        # Rather over v than over g: the next g then finds the memory of this one free.
+        if node in self._spent and same_layout(v, g):
+            v, g, may_overwrite = g, v, True
+        q, s = self.kernels.product(v, g, r.factor, inplace=may_overwrite)
         self._masses.append(s)
         # Where ‖q‖₁ = 0, q is 0 and stays 0 whatever the factor, as long as that is finite.
         factor = r.mass / s.clamp_min(torch.finfo(s.dtype).tiny)
@@ -343,12 +346,15 @@ class Run:
             step = plan.steps[i]
             terms = arrived.pop(step.output, None)
             if terms is not None:
+                if not measure_delta:  # which reads the value once more
+                    self._spent = self.program.overwritable.intersection(self.program.finished[i])
                 if self.is_tapped(step.output):
                     wanted[step.output] = terms
                 for node, parts in zip(step.carriers, step.propagate(self, terms), strict=True):
                     arrived.setdefault(node, []).extend(parts)
             for node in self.program.finished[i]:
                 self._values.pop(node, None)
+        self._spent = frozenset()
         wanted.update(self._taps)
         for node in self.program.wanted:
             if node in arrived:
