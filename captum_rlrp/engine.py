@@ -20,7 +20,7 @@ from .capture import CapturedGraph, capture, check_eval_mode, flatten_arguments
 from .errors import CaptureError, InputError, NonFiniteError
 from .fusion import fuse
 from .program import Program, find_non_finite
-from .sections import plan
+from .sections import Plan, plan
 
 _CACHED_PROGRAMS = 32
 
@@ -60,11 +60,19 @@ class Engine:
         model: The unwrapped module.
         kernels: The backend.
         fuses: Whether the forward may fold and fuse; otherwise it runs as captured.
+        revise: Puts other steps in place of the plan's; for ablations of the method, unfused.
     """
 
-    def __init__(self, model: nn.Module, kernels: ModuleType, fuses: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        kernels: ModuleType,
+        fuses: bool = True,
+        revise: Callable[[Plan], Plan] | None = None,
+    ) -> None:
         self.model = model
-        self.fuses = fuses
+        self.fuses = fuses and revise is None
+        self.revise = revise
         self.kernels = kernels
         self._cache: OrderedDict[Hashable, Captured] = OrderedDict()
         self._lock = threading.Lock()
@@ -146,6 +154,8 @@ class Engine:
         nodes = graph.inputs[:explained]
         taps = wanted(graph, nodes) if wanted else list(nodes)
         made = plan(graph, nodes, taps)
+        if self.revise is not None:
+            made = self.revise(made)
         instructions = None
         if self.fuses:
             made, instructions = fuse(graph, made, taps)
