@@ -3,14 +3,14 @@
 Notation as there: a section has the input x, the output y = Jx + b and the relevance r at y. All
 variants but the default put other steps into the plan; everything else is the package's own.
 
-A *stage* is the shortest piece of a section that relevance has a choice in: one linear operation and
-the one-to-one maps behind it (a convolution with its batch norm, a scale and a reshape).
+A *stage* is the shortest piece of a section in which relevance has a choice: one linear operation
+and the one-to-one maps behind it (a convolution with its batch norm, a scale and a reshape).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -330,9 +330,9 @@ VARIANTS: dict[str, Callable[[nn.Module], Explain]] = {
 * ``skip: half``, ``skip: signed``: the share of a summand is 1/2, or a/(a + b). The latter
   has no bound: that is what it is here to show. Overflow is a :class:`captum_rlrp.NonFiniteError`.
 * ``mass not carried``: r_x = q at every section; only the result is scaled, to Σ|R| = 1 a sample.
-* ``layer by layer``: every linear operation is a section of its own, a batch norm thus a pass-through.
+* ``layer by layer``: every linear operation is a section of its own, so a batch norm passes through.
 * ``bias shared``: biases receive as inputs do, and what they receive is lost (`BiasShared`).
-* ``positive products``: products x_i J_ji below 0 are left out (`PositiveProducts`), stage by stage.
+* ``positive products``: products x_i J_ji below 0 count as 0 (`PositiveProducts`), stage by stage.
 * ``absolute sum``: each output's products are divided by their absolute sum (`AbsoluteSum`), stage
   by stage; with ``mass carried``, each stage is then scaled to the mass it received.
 """
