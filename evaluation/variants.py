@@ -330,7 +330,7 @@ VARIANTS: dict[str, Callable[[nn.Module], Explain]] = {
 * ``skip: half``, ``skip: signed``: the share of a summand is 1/2, or a/(a + b). The latter
   has no bound: that is what it is here to show. Overflow is a :class:`captum_rlrp.NonFiniteError`.
 * ``mass not carried``: r_x = q at every section; only the result is scaled, to Σ|R| = 1 a sample.
-* ``layer by layer``: every linear operation is a section of its own, so a batch norm passes through.
+* ``layer by layer``: every linear operation is a section of its own; a batch norm passes through.
 * ``bias shared``: biases receive as inputs do, and what they receive is lost (`BiasShared`).
 * ``positive products``: products x_i J_ji below 0 count as 0 (`PositiveProducts`), stage by stage.
 * ``absolute sum``: each output's products are divided by their absolute sum (`AbsoluteSum`), stage
