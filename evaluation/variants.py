@@ -30,7 +30,7 @@ from captum_rlrp.rules.skip import Shift, Sum
 from captum_rlrp.sections import Plan, Section, Single, Step
 
 Node = torch.fx.Node
-Explain = Callable[[Tensor, Any], Tensor]
+Explain = Callable[[Any, Any], Any]  # inputs (or a tuple of them), target → attributions
 Exchange = Callable[[Step], Iterable[Step]]
 
 
@@ -305,10 +305,13 @@ def _unit(explain: Callable[[nn.Module], Explain], model: nn.Module) -> Explain:
     """Scaled in the end, sample by sample, to Σ|R| = 1; 0 stays 0."""
     made = explain(model)
 
-    def attribute(inputs: Tensor, target: Any) -> Tensor:
-        q = made(inputs, target)
-        total = q.abs().flatten(1).sum(1).view([-1] + [1] * (q.dim() - 1))
-        return torch.where(total == 0, 0.0, q / total)
+    def attribute(inputs: Any, target: Any) -> Any:
+        result = made(inputs, target)
+        parts = result if isinstance(result, tuple) else (result,)
+        total = sum(q.abs().flatten(1).sum(1) for q in parts)
+        factor = torch.where(total == 0, 0.0, 1 / total)
+        scaled = tuple(q * factor.view([-1] + [1] * (q.dim() - 1)) for q in parts)
+        return scaled if isinstance(result, tuple) else scaled[0]
 
     return attribute
 

@@ -11,8 +11,8 @@ for handwritten digits, by three measures, each lower where better:
 * sensitivity: how much the explanation changes (relatively) under a change too small to see.
 
 What a reader should see: all of them find what matters, far ahead of chance. Relative LRP is the
-steadiest. The others, which follow the gradient, predict this network's output more closely, and
-(with its default rule, in a network of ReLUs) Captum's LRP is input×gradient. No measure settles which
+steadiest; the others, which follow the gradient, predict this network's output more closely. (By
+its default rule Captum's LRP is input×gradient in any network of ReLUs.) No measure settles which
 explanation is right, and on another network the order may be another.
 """
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -90,7 +91,7 @@ def methods(model: nn.Module) -> dict[str, Explain]:
     return {
         "Relative LRP": RelativeLRP(model).attribute,
         "input × gradient": InputXGradient(model).attribute,
-        "integrated gradients": IntegratedGradients(model).attribute,
+        "integrated gradients": partial(IntegratedGradients(model).attribute, n_steps=20),
         "Captum LRP": LRP(model).attribute,
         "the brightest pixel": brightness,  # what anybody can say without the network
         "chance": random,
