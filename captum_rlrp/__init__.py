@@ -13,6 +13,7 @@ from .errors import (
 )
 from .kernels import show_config
 from .rules import register_rule
+from .statistics import Comparison, RelevanceStatistics
 
 try:
     __version__ = version("captum-rlrp")
@@ -21,11 +22,13 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 
 __all__ = [
     "CaptureError",
+    "Comparison",
     "InputError",
     "LayerRelativeLRP",
     "NonFiniteError",
     "RelativeLRP",
     "RelativeLRPError",
+    "RelevanceStatistics",
     "TrainingModeError",
     "UnsupportedOperationError",
     "register_rule",

@@ -20,7 +20,7 @@ from .capture import CapturedGraph, capture, check_eval_mode, flatten_arguments
 from .errors import CaptureError, InputError, NonFiniteError
 from .fusion import fuse
 from .program import Program, Run, find_non_finite
-from .sections import plan
+from .sections import Plan, plan
 
 _CACHED_PROGRAMS = 32
 
@@ -61,6 +61,7 @@ class Engine:
         kernels: The backend.
         fuses: Whether the forward may fold and fuse; otherwise it runs as captured.
         layers: Names of the modules whose outputs are asked for; None stands for all leaves.
+        revise: Puts other steps in place of the plan's; for ablations of the method, unfused.
     """
 
     def __init__(
@@ -69,10 +70,12 @@ class Engine:
         kernels: ModuleType,
         fuses: bool = True,
         layers: Sequence[str] | None = (),
+        revise: Callable[[Plan], Plan] | None = None,
     ) -> None:
         self.model = model
         self.layers = layers
-        self.fuses = fuses
+        self.fuses = fuses and revise is None
+        self.revise = revise
         self.kernels = kernels
         self._cache: OrderedDict[Hashable, Captured] = OrderedDict()
         self._lock = threading.Lock()
@@ -154,6 +157,8 @@ class Engine:
         nodes = graph.inputs[:explained]
         taps = wanted(graph, nodes) if wanted else list(nodes)
         made = plan(graph, nodes, taps)
+        if self.revise is not None:
+            made = self.revise(made)
         instructions = None
         if self.fuses:
             made, instructions = fuse(graph, made, taps)

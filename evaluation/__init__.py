@@ -1,0 +1,1 @@
+"""How good the explanations are: data, networks, methods, measures, and what they report."""
