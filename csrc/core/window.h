@@ -36,6 +36,24 @@ struct Window {
     return {reach > 0 ? ceil_div(reach, stride) : 0, min64((i + padding) / stride + 1, out)};
   }
 
+  // No output from o on sees an input before this one.
+  RLRP_HD int64_t lowest(int64_t o) const {
+    return adaptive ? o * in / out : max64(o * stride - padding, 0);
+  }
+
+  // The most inputs from the first to the last of an output.
+  RLRP_HD int64_t extent() const {
+    return min64(adaptive ? in / out + 2 : (kernel - 1) * dilation + 1, in);
+  }
+
+  // The outputs none of whose inputs is padding.
+  RLRP_HD Span whole() const {
+    const int64_t room = in + padding - (kernel - 1) * dilation - 1;  // for o * stride
+    if (adaptive || room < 0) return {0, 0};
+    const int64_t end = min64(room / stride + 1, out);
+    return {min64(ceil_div(padding, stride), end), end};
+  }
+
   RLRP_HD bool sees(int64_t o, int64_t i) const {
     return adaptive || dilation == 1 || (i + padding - o * stride) % dilation == 0;
   }

@@ -69,6 +69,16 @@ void check_windows() {
     w.padding = code / 108 % 3;
     w.dilation = code / 324 % 3 + 1;
     w.out = w.padding <= w.kernel / 2 ? w.expected_out(code / 972 != 0) : -1;
+    for (int64_t o = 0; o < w.out; ++o) {
+      const int64_t first = o * w.stride - w.padding, last = first + (w.kernel - 1) * w.dilation;
+      const Span all = w.inputs(o), whole = w.whole();
+      EXPECT((whole.begin <= o && o < whole.end) == (first >= 0 && last < w.in));
+      EXPECT(all.end - all.begin <= w.extent());
+      for (int64_t later = o; later < w.out; ++later) {
+        const Span later_all = w.inputs(later);
+        EXPECT(later_all.begin >= later_all.end || w.lowest(o) <= later_all.begin);
+      }
+    }
     for (int64_t i = 0; i < w.in; ++i) {
       for (int64_t o = 0; o < w.out; ++o) {
         bool inside = false;

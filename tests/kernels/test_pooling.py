@@ -41,6 +41,10 @@ WINDOWS = [
     ((2, 18, 6, 7, 8), (2, 2, 0, 1, False)),
     ((2, 3, 6, 7, 8), (3, 2, 1, 1, True)),
     ((1, 64, 56, 56), (3, 2, 1, 1, False)),
+    ((2, 300, 6, 9), (3, 3, 0, 1, False)),
+    ((1, 3, 5, 600), (3, 2, 1, 1, False)),
+    ((2, 17, 1, 2), (3, 1, 1, 1, False)),
+    ((2, 3, 1, 5, 8), ([2, 2, 3], [1, 2, 3], [1, 0, 0], [1, 2, 3], False)),
 ]
 # input shape; output size
 ADAPTIVE = [
@@ -50,6 +54,7 @@ ADAPTIVE = [
     ((2, 5, 14, 14), (7, 7)),
     ((2, 3, 17), (5,)),
     ((2, 3, 6, 7, 8), (4, 2, 3)),
+    ((2, 3, 1, 5, 8), (4, 7, 3)),
 ]
 
 
@@ -146,6 +151,14 @@ def test_max_pool_of_minus_infinity_takes_the_first(backend):
     x = torch.full((1, 1, 4), -torch.inf)
     result = backend.max_pool(x, torch.tensor([[[1.0, 2]]]), 2)
     assert result.tolist() == [[[1, 0, 2, 0]]]
+
+
+@needs_extension
+@pytest.mark.parametrize("window", [(2, 2**30, 0, 1, True), (2**20, 3, 2**19, 1, False)], ids=str)
+def test_max_pool_allocates_nothing_in_proportion_to_the_window(window):
+    x = torch.randn(2, 3, 4, 4)
+    r = torch.randn_like(F.max_pool2d(x, *window))
+    torch.testing.assert_close(compiled.max_pool(x, r, *window), reference.max_pool(x, r, *window))
 
 
 @compare

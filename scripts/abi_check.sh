@@ -1,0 +1,36 @@
+#!/bin/sh
+# One build of the extension under two versions of torch: it is built under the torch of PYTHON (default:
+# python), the newest, and its kernel tests then run there and under the oldest that is supported, in a
+# virtual environment that is thrown away. Takes several GB of disk and a download. See docs/extension.md.
+#   PYTHON=.venv/bin/python scripts/abi_check.sh [oldest torch, default 2.11.0]
+set -eu
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python}
+oldest=${1:-2.11.0}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+echo "== building under torch $("$python" -c 'import torch; print(torch.__version__)')"
+mkdir "$work/copy"
+cp -r captum_rlrp csrc tests setup.py pyproject.toml README.md LICENSE "$work/copy"
+rm -f "$work"/copy/captum_rlrp/*.so
+(cd "$work/copy" && PATH="$(dirname "$("$python" -c 'import sys; print(sys.executable)')"):$PATH" \
+    "$python" setup.py -q build_ext --inplace)
+
+echo "== installing torch $oldest"
+"$python" -m venv "$work/oldest"
+"$work/oldest/bin/python" -m pip install -q --no-compile "torch==$oldest" numpy pytest pytest-timeout
+"$work/oldest/bin/python" -m pip install -q --no-compile --no-deps captum
+
+for one in "$python" "$work/oldest/bin/python"; do
+    (
+        cd "$work/copy"
+        export PYTHONPATH="$work/copy" CAPTUM_RLRP_BACKEND=compiled
+        "$one" -c "import torch
+from captum_rlrp.kernels import compiled
+print('== torch', torch.__version__, '; CUDA kernels:', compiled.cuda_load_error() or 'loaded')
+assert compiled.available(), compiled.load_error()"
+        "$one" -m pytest -q -p no:cacheprovider tests/kernels -k "compiled or ops"
+    )
+done
+echo "== one build, both torches"
