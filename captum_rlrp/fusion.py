@@ -230,7 +230,7 @@ class RestoredSum(Sum):
 
     def propagate(self, run: Run, call: Call, terms: Any) -> Any:
         s, b = run.value(self.result), run.value(self.other)
-        r_a, r_b = run.split(call.node, s, b, terms, from_sum=True)
+        r_a, r_b = run.split(call.node, self.result, s, b, terms, from_sum=True)
         by_node = {self.first: [r_a], self.other: [r_b]}
         return [by_node[node] for node in call.active]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -248,26 +249,37 @@ class Run:
         views = [(layout.samples_first(t.values, self.batch), t.factor) for t in terms]
         values, mass = self.kernels.accumulate(views)
         self._masses.append(mass)
-        return Relevance(layout.restore(values, self.like(node).shape), None, mass)
+        return Relevance(layout.restore(values, self.like(node).shape), None, mass, owned=True)
 
     def split(
         self,
         node: Node,
+        first: Node,
         a: Tensor,
         b: Tensor,
         terms: Sequence[Relevance],
         from_sum: bool = False,
     ) -> tuple[Relevance, Relevance]:
-        """Both shares of a sum; with `from_sum`, `a` is relu(a + b)."""
+        """Both shares of a sum.
+
+        Args:
+            node: The sum.
+            first: The node that `a` is the value of.
+            a: The first summand; with `from_sum`, relu(a + b).
+            b: The second.
+            terms: What arrived at the sum.
+            from_sum: What `a` is.
+        """
         layout, shape = self.layout(node), self.like(node).shape
         views = [(layout.samples_first(t.values, self.batch), t.factor) for t in terms]
         dtype = terms[0].values.dtype
         a, b = (layout.samples_first(v.to(dtype), self.batch) for v in (a, b))
-        r_a, s_a, r_b, s_b = self.kernels.split(a, b, views, from_sum=from_sum)
+        inplace = first in self._spent and terms[0].owned and a.data_ptr() != b.data_ptr()
+        r_a, s_a, r_b, s_b = self.kernels.split(a, b, views, from_sum=from_sum, inplace=inplace)
         self._masses += [s_a, s_b]
         return (
-            Relevance(layout.restore(r_a, shape), None, s_a),
-            Relevance(layout.restore(r_b, shape), None, s_b),
+            Relevance(layout.restore(r_a, shape), None, s_a, owned=True),
+            Relevance(layout.restore(r_b, shape), None, s_b, owned=True),
         )
 
     def carry(
@@ -285,7 +297,7 @@ class Run:
         self._masses.append(s)
         # Where ‖q‖₁ = 0, q is 0 and stays 0 whatever the factor, as long as that is finite.
         factor = r.mass / s.clamp_min(torch.finfo(s.dtype).tiny)
-        return Relevance(layout.restore(q, self.like(node).shape), factor, r.mass)
+        return Relevance(layout.restore(q, self.like(node).shape), factor, r.mass, owned=True)
 
     def is_tapped(self, node: Node) -> bool:
         """Whether the relevance at this value is asked for."""
@@ -350,7 +362,10 @@ class Run:
                     self._spent = self.program.overwritable.intersection(self.program.finished[i])
                 if self.is_tapped(step.output):
                     wanted[step.output] = terms
-                for node, parts in zip(step.carriers, step.propagate(self, terms), strict=True):
+                    terms = [term._replace(owned=False) for term in terms]
+                for node, parts in zip(
+                    step.carriers, _apart(step.propagate(self, terms)), strict=True
+                ):
                     arrived.setdefault(node, []).extend(parts)
             for node in self.program.finished[i]:
                 self._values.pop(node, None)
@@ -446,6 +461,20 @@ def _channels_last(value: Tensor) -> Tensor:
     if value.dim() == 5:
         return value.contiguous(memory_format=torch.channels_last_3d)
     return value
+
+
+def _apart(shares: list[list[Relevance]]) -> list[list[Relevance]]:
+    """Memory that several carriers got at once belongs to none of them."""
+    if len(shares) == 1:
+        return shares
+    count = Counter(t.values.untyped_storage().data_ptr() for part in shares for t in part)
+    return [
+        [
+            t._replace(owned=t.owned and count[t.values.untyped_storage().data_ptr()] == 1)
+            for t in part
+        ]
+        for part in shares
+    ]
 
 
 def find_non_finite(program: Program, values: dict[Node, Any]) -> NonFiniteError | None:

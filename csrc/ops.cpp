@@ -12,6 +12,9 @@ STABLE_TORCH_LIBRARY(captum_rlrp, m) {
       "split(Tensor a, Tensor b, Tensor t, Tensor? t_factor, Tensor? u, Tensor? u_factor, "
       "bool from_sum) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "split_(Tensor(a!) a, Tensor b, Tensor(b!) t, Tensor? t_factor, Tensor? u, Tensor? u_factor, "
+      "bool from_sum) -> (Tensor, Tensor)");
+  m.def(
       "max_pool(Tensor x, Tensor r, int[] kernel, int[] stride, int[] padding, int[] dilation, "
       "bool ceil_mode) -> Tensor");
   m.def("adaptive_max_pool(Tensor x, Tensor r) -> Tensor");

@@ -13,10 +13,10 @@ inline void check_product(const char* op, const Tensor& x, const Tensor& g,
   check_factor(op, "factor", factor, x);
 }
 
-inline void check_writable(const char* op, const Tensor& g) {
-  for (int64_t axis = 0; axis < g.dim(); ++axis) {
-    RLRP_CHECK(g.stride(axis) != 0 || g.size(axis) <= 1, op,
-               "g is written to and must not be expanded");
+inline void check_writable(const char* op, const char* name, const Tensor& t) {
+  for (int64_t axis = 0; axis < t.dim(); ++axis) {
+    RLRP_CHECK(t.stride(axis) != 0 || t.size(axis) <= 1, op, name,
+               " is written to and must not be expanded");
   }
 }
 

@@ -119,13 +119,16 @@ def accumulate(terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
 
 
 def split(
-    a: Tensor, b: Tensor, terms: Sequence[Term], *, from_sum: bool = False
+    a: Tensor, b: Tensor, terms: Sequence[Term], *, from_sum: bool = False, inplace: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`captum_rlrp.kernels.reference.split`."""
     first = terms[0][0]
     short = _at_most_two(terms) if _covers(first, a, b) and a.shape == b.shape else None
     if short is None or a.shape != first.shape:
-        return reference.split(a, b, terms, from_sum=from_sum)
+        return reference.split(a, b, terms, from_sum=from_sum, inplace=inplace)
+    if inplace and reference.same_layout(a, short[0]):
+        s_a, s_b = ops.split_(a, b, *short, from_sum)
+        return a, s_a, short[0], s_b
     r_a, s_a, r_b, s_b = ops.split(a, b, *short, from_sum)
     return r_a, s_a, r_b, s_b
 
@@ -281,6 +284,7 @@ def _register_fakes() -> None:
     fake("captum_rlrp::split")(
         lambda a, b, t, *_: (torch.empty_like(t), _masses(t), torch.empty_like(t), _masses(t))
     )
+    fake("captum_rlrp::split_")(lambda a, b, t, *_: (_masses(t), _masses(t)))
     fake("captum_rlrp::max_pool")(lambda x, r, *_: _image(x, x.shape))
     fake("captum_rlrp::adaptive_max_pool")(lambda x, r: _image(x, x.shape))
     fake("captum_rlrp::avg_pool")(lambda r, shape, *_: _image(r, shape))

@@ -66,7 +66,7 @@ def accumulate(terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
 
 
 def split(
-    a: Tensor, b: Tensor, terms: Sequence[Term], *, from_sum: bool = False
+    a: Tensor, b: Tensor, terms: Sequence[Term], *, from_sum: bool = False, inplace: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Shares of a sum: ``r_a = r·|a|/(|a|+|b|)``, ``r_b = r·|b|/(|a|+|b|)``, with their masses.
 
@@ -79,6 +79,7 @@ def split(
         terms: What arrived at the sum.
         from_sum: ``a`` is the sum after its ReLU; the summand is recovered as ``a - b``, right
             wherever the ReLU let something through. (Elsewhere r is 0, and so are both shares.)
+        inplace: r_a may overwrite a, and r_b the first term.
 
     Returns:
         ``r_a, s_a, r_b, s_b``.
@@ -95,6 +96,8 @@ def split(
     minor = ratio * major
     r_a = _like(first, r * torch.where(size_a >= size_b, major, minor))
     r_b = _like(first, r * torch.where(size_a >= size_b, minor, major))
+    if inplace and same_layout(a, first):
+        r_a, r_b = a.copy_(r_a), first.copy_(r_b)
     return r_a, mass(r_a), r_b, mass(r_b)
 
 

@@ -24,11 +24,13 @@ class Relevance(NamedTuple):
         values: Shaped like the value it explains.
         factor: Shape ``(batch,)``; None means 1.
         mass: ``‖r‖₁`` per sample, shape ``(batch,)``; None where it was not measured.
+        owned: Nobody else reads the values' memory, so they may be written over.
     """
 
     values: Tensor
     factor: Tensor | None = None
     mass: Tensor | None = None
+    owned: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,7 +31,7 @@ class Sum(Rule):
                 (a * alpha, b) if call.target.overloadpacket.__name__ == "rsub" else (a, b * alpha)
             )
         shape = run.like(call.node).shape
-        r_a, r_b = run.split(call.node, a.expand(shape), b.expand(shape), terms)
+        r_a, r_b = run.split(call.node, call.active[0], a.expand(shape), b.expand(shape), terms)
         return [
             [r if node_shape == shape else Relevance(sum_to(r.values, node_shape), r.factor)]
             for r, node_shape in zip((r_a, r_b), (a.shape, b.shape), strict=True)

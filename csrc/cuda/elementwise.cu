@@ -133,7 +133,7 @@ std::tuple<Tensor, Tensor> product(const Tensor& x, const Tensor& g,
 
 Tensor product_(const Tensor& x, const Tensor& g, const std::optional<Tensor>& factor) {
   check_product("product_", x, g, factor);
-  check_writable("product_", g);
+  check_writable("product_", "g", g);
   return multiply_into(x, g, factor, g);
 }
 
@@ -192,12 +192,13 @@ struct SplitElement {
 };
 
 using Split = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using SplitMasses = std::tuple<Tensor, Tensor>;
 
 template <bool kTwo, bool kFromSum>
-Split split_terms(const Tensor& a, const Tensor& b, const Tensor& t,
-                  const std::optional<Tensor>& t_factor, const std::optional<Tensor>& u,
-                  const std::optional<Tensor>& u_factor) {
-  Tensor r_a = torch::stable::empty_like(t), r_b = torch::stable::empty_like(t);
+SplitMasses split_terms(const Tensor& a, const Tensor& b, const Tensor& t,
+                        const std::optional<Tensor>& t_factor, const std::optional<Tensor>& u,
+                        const std::optional<Tensor>& u_factor, const Tensor& r_a,
+                        const Tensor& r_b) {
   Tensor s_a = new_masses(t), s_b = new_masses(t);
   const auto layout = layout_of(r_a, r_b, a, b, t, kTwo ? *u : t);
   dispatch(t.scalar_type(), "split", [&](auto zero) {
@@ -209,21 +210,41 @@ Split split_terms(const Tensor& a, const Tensor& b, const Tensor& t,
                                                   Given<T, kTwo>(t, t_factor, u, u_factor)};
     sweep<wide_t<T>>("split", layout, {&s_a, &s_b}, element);
   });
-  return {r_a, s_a, r_b, s_b};
+  return {s_a, s_b};
+}
+
+SplitMasses split_into(const char* op, const Tensor& a, const Tensor& b, const Tensor& t,
+                       const std::optional<Tensor>& t_factor, const std::optional<Tensor>& u,
+                       const std::optional<Tensor>& u_factor, bool from_sum, const Tensor& r_a,
+                       const Tensor& r_b) {
+  check_like(op, "a", a, "t", t);
+  check_like(op, "b", b, "t", t);
+  const auto f = packed(t_factor), h = packed(u_factor);
+  if (u) {
+    return from_sum ? split_terms<true, true>(a, b, t, f, u, h, r_a, r_b)
+                    : split_terms<true, false>(a, b, t, f, u, h, r_a, r_b);
+  }
+  return from_sum ? split_terms<false, true>(a, b, t, f, u, h, r_a, r_b)
+                  : split_terms<false, false>(a, b, t, f, u, h, r_a, r_b);
 }
 
 Split split(const Tensor& a, const Tensor& b, const Tensor& t, const std::optional<Tensor>& t_factor,
             const std::optional<Tensor>& u, const std::optional<Tensor>& u_factor, bool from_sum) {
   check_terms("split", t, t_factor, u, u_factor);
-  check_like("split", "a", a, "t", t);
-  check_like("split", "b", b, "t", t);
-  const auto f = packed(t_factor), h = packed(u_factor);
-  if (u) {
-    return from_sum ? split_terms<true, true>(a, b, t, f, u, h)
-                    : split_terms<true, false>(a, b, t, f, u, h);
-  }
-  return from_sum ? split_terms<false, true>(a, b, t, f, u, h)
-                  : split_terms<false, false>(a, b, t, f, u, h);
+  Tensor r_a = torch::stable::empty_like(t), r_b = torch::stable::empty_like(t);
+  auto [s_a, s_b] = split_into("split", a, b, t, t_factor, u, u_factor, from_sum, r_a, r_b);
+  return {r_a, s_a, r_b, s_b};
+}
+
+SplitMasses split_(const Tensor& a, const Tensor& b, const Tensor& t,
+                   const std::optional<Tensor>& t_factor, const std::optional<Tensor>& u,
+                   const std::optional<Tensor>& u_factor, bool from_sum) {
+  check_terms("split_", t, t_factor, u, u_factor);
+  check_writable("split_", "a", a);
+  check_writable("split_", "t", t);
+  RLRP_CHECK(a.const_data_ptr() != t.const_data_ptr() || t.numel() == 0, "split_",
+             "a and t are written to and must not be the same tensor");
+  return split_into("split_", a, b, t, t_factor, u, u_factor, from_sum, a, t);
 }
 
 }  // namespace
@@ -233,6 +254,7 @@ STABLE_TORCH_LIBRARY_IMPL(captum_rlrp, CUDA, m) {
   m.impl("product_", TORCH_BOX(&product_));
   m.impl("accumulate", TORCH_BOX(&accumulate));
   m.impl("split", TORCH_BOX(&split));
+  m.impl("split_", TORCH_BOX(&split_));
 }
 
 }  // namespace rlrp

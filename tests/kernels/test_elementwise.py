@@ -127,6 +127,30 @@ def test_split(backend, device, dtype, layout, count, shape):
     agree(exact(results[0]) + exact(results[2]), r, dtype)
 
 
+@every_case
+@every_device
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("from_sum", [False, True])
+def test_split_in_place(backend, device, dtype, layout, count, from_sum):
+    shape = (3, 6, 5, 7)
+    a = rand(*shape, dtype=dtype, device=device, layout=layout)
+    b = rand(*shape, dtype=dtype, device=device)
+    terms = terms_of(shape, count, dtype, device, layout)
+    given = [(exact(t), f) for t, f in widened(terms)]
+    expected = reference.split(exact(a).clone(), exact(b), [(t.clone(), f) for t, f in given],
+                               from_sum=from_sum)  # fmt: skip
+    before = b.clone()
+    results = backend.split(a, b, terms, from_sum=from_sum, inplace=True)
+    for actual, right in zip(results, expected, strict=True):
+        agree(actual, right, dtype, scale=8)
+    assert torch.equal(b, before)
+    if reference.same_layout(a, terms[0][0]):
+        assert (results[0].data_ptr(), results[2].data_ptr()) == (
+            a.data_ptr(),
+            terms[0][0].data_ptr(),
+        )
+
+
 @compare
 @every_device
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

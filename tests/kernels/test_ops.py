@@ -30,6 +30,7 @@ def calls(dtype=torch.float32, layout="contiguous", device="cpu", n=2):
         "product_": (x, make(n, 6, 9, 8), None),
         "accumulate": (x, f, make(n, 6, 9, 8), None),
         "split": (x, make(n, 6, 9, 8), make(n, 6, 9, 8), f, x, f, False),
+        "split_": (x, make(n, 6, 9, 8), make(n, 6, 9, 8), f, None, None, True),
         "max_pool": (x, r, *window, [1, 1], False),
         "adaptive_max_pool": (x, r),
         "avg_pool": (r, shape, *window, False, True, None),
@@ -142,6 +143,11 @@ def test_an_expanded_output_is_refused():
     x = torch.randn(2, 3)
     with pytest.raises(RuntimeError, match="expanded"):
         ops.product_(x, torch.randn(2, 1).expand(2, 3), None)
+    for a, t in ((x, x[:, :1].expand(2, 3)), (x[:, :1].expand(2, 3), x)):
+        with pytest.raises(RuntimeError, match="expanded"):
+            ops.split_(a, x, t, None, None, None, False)
+    with pytest.raises(RuntimeError, match="same tensor"):
+        ops.split_(x, x + 1, x, None, None, None, False)
 
 
 @pytest.mark.parametrize("name", NAMES)
