@@ -126,7 +126,7 @@ def draw_features(
         "(with 95 % intervals; * the classes differ, p < 0.01 after correction)",
         fontsize=11,
     )
-    axis.legend(frameon=False, loc="lower left")
+    figure.legend(frameon=False, loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
