@@ -124,6 +124,28 @@ def test_max_pool(benchmark, name, side, dtype, layout):
 
 
 @pytest.mark.parametrize("side", ["aten", "compiled"])
+@pytest.mark.parametrize("name", MAX_POOLS)
+def test_max_pool_with_its_forward(benchmark, name, side, dtype, layout):
+    """The model's own forward included: on the CPU it works the indices out on both sides.
+
+    ATen's side keeps them for its backward pass, ours drops them and finds the winners again.
+    """
+    shape, window = MAX_POOLS[name]
+    x = make(shape, dtype, layout)
+    r = torch.randn_like(torch.nn.functional.max_pool2d(x, *window))
+
+    def forward_and_relevance():
+        torch.nn.functional.max_pool2d(x, *window)
+        return compiled.max_pool(x, r, *window)
+
+    run = {
+        "aten": lambda: plain_max_pool(x, r, *window),
+        "compiled": forward_and_relevance,
+    }[side]
+    measure(benchmark, f"max_pool with its forward {name} {dtype} {layout}", run)
+
+
+@pytest.mark.parametrize("side", ["aten", "compiled"])
 @pytest.mark.parametrize("name", AVERAGE_POOLS)
 def test_adaptive_avg_pool(benchmark, name, side, dtype, layout):
     shape, size = AVERAGE_POOLS[name]

@@ -11,7 +11,6 @@
 
 #include "core/axes.h"
 #include "core/half.h"
-#include "core/pooling.h"
 
 #define RLRP_CHECK(condition, op, ...) STD_TORCH_CHECK(condition, "captum_rlrp::", op, ": ", __VA_ARGS__)
 
@@ -87,6 +86,15 @@ inline Tensor new_masses(const Tensor& t) {
   return torch::stable::new_empty(t, {&batch, 1}, mass_type(t.scalar_type()));
 }
 
+template <class T>
+const T* data_of(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <class T>
+T* result_of(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
 
 // Strides of the batch axis, and the layout of one sample, of tensors of one shape.
 template <int K>
@@ -151,69 +159,6 @@ inline Tensor dense(const Tensor& t, bool channels_last) {
 inline Tensor new_image(const Tensor& t, const Ints& shape, bool channels_last) {
   return torch::stable::empty(shape, t.scalar_type(), std::nullopt, t.device(), std::nullopt,
                               format_of(t, channels_last));
-}
-
-inline Pooling check_images(const char* op, const Ints& shape, const Tensor& r) {
-  const int64_t rank = static_cast<int64_t>(shape.size()) - 2;
-  RLRP_CHECK(rank >= 1 && rank <= 3, op, "the input must be (N, C) and 1 to 3 spatial axes, not ",
-             shape.size(), " axes");
-  RLRP_CHECK(r.dim() == rank + 2, op, "r must have ", rank + 2, " axes, not ", r.dim());
-  RLRP_CHECK(r.size(0) == shape[0] && r.size(1) == shape[1], op,
-             "r must have the batch and channels of the input");
-  Pooling pooling;
-  pooling.batch = shape[0];
-  pooling.channels = shape[1];
-  for (int64_t i = 0; i < rank; ++i) {
-    Window& window = pooling.axis[3 - rank + i];
-    window.in = shape[i + 2];
-    window.out = r.size(i + 2);
-    RLRP_CHECK(window.in >= 1, op, "the input's spatial sizes must be positive");
-    RLRP_CHECK(window.out >= 1, op, "r's spatial sizes must be positive");
-  }
-  return pooling;
-}
-
-inline Pooling check_pooling(const char* op, const Ints& shape, const Tensor& r, const Ints& kernel,
-                             const Ints& stride, const Ints& padding, const Ints& dilation,
-                             bool ceil_mode) {
-  Pooling pooling = check_images(op, shape, r);
-  const size_t rank = shape.size() - 2;
-  RLRP_CHECK(kernel.size() == rank, op, "kernel must have ", rank, " elements");
-  RLRP_CHECK(stride.size() == rank, op, "stride must have ", rank, " elements");
-  RLRP_CHECK(padding.size() == rank, op, "padding must have ", rank, " elements");
-  RLRP_CHECK(dilation.size() == rank, op, "dilation must have ", rank, " elements");
-  constexpr int64_t limit = int64_t{1} << 31;  // keeps products of two of them inside int64
-  for (size_t i = 0; i < rank; ++i) {
-    Window& window = pooling.axis[3 - rank + i];
-    RLRP_CHECK(kernel[i] >= 1 && kernel[i] < limit, op, "kernel must be positive");
-    RLRP_CHECK(stride[i] >= 1 && stride[i] < limit, op, "stride must be positive");
-    RLRP_CHECK(dilation[i] >= 1 && dilation[i] < limit, op, "dilation must be positive");
-    RLRP_CHECK(padding[i] >= 0 && padding[i] <= kernel[i] / 2, op,
-               "padding must be between 0 and half the kernel");
-    window.kernel = kernel[i];
-    window.stride = stride[i];
-    window.padding = padding[i];
-    window.dilation = dilation[i];
-    RLRP_CHECK(window.expected_out(ceil_mode) == window.out, op, "r's spatial size ", i, " is ",
-               window.out, ", but the window gives ", window.expected_out(ceil_mode));
-    for (int64_t o = 0; o < window.out; ++o) {
-      const Span span = window.inputs(o);
-      RLRP_CHECK(span.begin < span.end, op, "kernel: a window lies wholly in the padding");
-    }
-  }
-  return pooling;
-}
-
-inline Pooling check_adaptive(const char* op, const Ints& shape, const Tensor& r) {
-  Pooling pooling = check_images(op, shape, r);
-  for (Window& window : pooling.axis) window.adaptive = true;
-  return pooling;
-}
-
-inline AverageRule check_average(const char* op, bool count_include_pad,
-                                 std::optional<int64_t> divisor_override) {
-  RLRP_CHECK(!divisor_override || *divisor_override != 0, op, "divisor_override must not be zero");
-  return {count_include_pad, divisor_override.value_or(0)};
 }
 
 inline Ints sizes_of(const Tensor& t) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from math import prod
 from types import ModuleType
 
 import torch
@@ -200,8 +201,9 @@ def avg_pool(
 
 def adaptive_avg_pool(r: Tensor, input_shape: Sequence[int]) -> Tensor:
     """See :func:`captum_rlrp.kernels.reference.adaptive_avg_pool`."""
-    # Of a global pool the transpose is an expansion, which ATen does faster (docs/benchmarks.md).
-    if all(size == 1 for size in r.shape[2:]) or not _covers(r):
+    if all(size == 1 for size in r.shape[2:]):  # global: equal parts, nothing to write
+        return (r / prod(input_shape[2:])).expand(tuple(input_shape))
+    if not _covers(r):
         return reference.adaptive_avg_pool(r, input_shape)
     result: Tensor = ops.adaptive_avg_pool(r, list(input_shape))
     return result

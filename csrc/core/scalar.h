@@ -33,4 +33,8 @@ RLRP_HD T narrow(wide_t<T> value) {
   return static_cast<T>(value);
 }
 
+RLRP_HD int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+RLRP_HD int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+RLRP_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }  // a >= 0, b > 0
+
 }  // namespace rlrp

@@ -5,10 +5,6 @@
 
 namespace rlrp {
 
-RLRP_HD int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-RLRP_HD int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-RLRP_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }  // a >= 0, b > 0
-
 struct Span {
   int64_t begin, end;  // end is exclusive
 };

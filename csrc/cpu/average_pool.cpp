@@ -1,10 +1,9 @@
 // Average pooling, backwards: every input gathers from the outputs that saw it.
-#include "core/pooling.h"
+#include "pooling.h"
 
 #include <algorithm>
 
 #include "simd.h"
-#include "tensor.h"
 
 namespace rlrp {
 namespace {
@@ -133,40 +132,20 @@ void average_channels_last(const Pooling& p, const AverageRule& rule, const T* r
       });
 }
 
-Tensor spread(const char* op, const Pooling& p, const AverageRule& rule, const Tensor& r,
-              const Ints& shape) {
-  const bool last = prefers_channels_last(r);
-  Tensor result = new_image(r, shape, last);
-  if (result.numel() == 0) return result;
-  const Tensor out = dense(r, last);
-  dispatch(r.scalar_type(), op, [&](auto zero) {
-    using T = decltype(zero);
-    (last ? average_channels_last<T> : average_contiguous<T>)(
-        p, rule, static_cast<const T*>(out.const_data_ptr()),
-        static_cast<T*>(result.mutable_data_ptr()));
-  });
-  return result;
-}
-
-Tensor avg_pool(const Tensor& r, const Ints& input_shape, const Ints& kernel, const Ints& stride,
-                const Ints& padding, bool ceil_mode, bool count_include_pad,
-                std::optional<int64_t> divisor_override) {
-  const AverageRule rule = check_average("avg_pool", count_include_pad, divisor_override);
-  const Pooling p = check_pooling("avg_pool", input_shape, r, kernel, stride, padding,
-                                  Ints(kernel.size(), 1), ceil_mode);
-  return spread("avg_pool", p, rule, r, input_shape);
-}
-
-Tensor adaptive_avg_pool(const Tensor& r, const Ints& input_shape) {
-  const Pooling p = check_adaptive("adaptive_avg_pool", input_shape, r);
-  return spread("adaptive_avg_pool", p, {}, r, input_shape);
-}
+struct Cpu {
+  template <class T>
+  static void spread(const Tensor& result, const Pooling& p, const AverageRule& rule,
+                     bool channels_last, const T* r) {
+    const auto run = channels_last ? average_channels_last<T> : average_contiguous<T>;
+    run(p, rule, r, result_of<T>(result));
+  }
+};
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(captum_rlrp, CPU, m) {
-  m.impl("avg_pool", TORCH_BOX(&avg_pool));
-  m.impl("adaptive_avg_pool", TORCH_BOX(&adaptive_avg_pool));
+  m.impl("avg_pool", TORCH_BOX(&AveragePooling<Cpu>::windows));
+  m.impl("adaptive_avg_pool", TORCH_BOX(&AveragePooling<Cpu>::adaptive));
 }
 
 }  // namespace rlrp

@@ -3,13 +3,13 @@
 // Races run side by side, in lanes. In channels_last images the lanes are the channels of an output. In
 // contiguous ones they are neighbouring outputs, so rows are read into a scratch that puts inputs
 // `stride` apart next to each other; relevance is collected in the same order and sorted on its way out.
-#include "core/pooling.h"
+#include "pooling.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 
 #include "simd.h"
-#include "tensor.h"
 
 namespace rlrp {
 namespace {
@@ -330,7 +330,7 @@ bool is_tiled(const Pooling& p) {
 }
 
 template <class T, bool kChannelsLast, bool kTiled>
-void send(const Pooling& p, const T* x, const T* r, T* result) {
+void race(const Pooling& p, const T* x, const T* r, T* result) {
   const int64_t slabs = p.axis[slab_axis_of(p)].in;
   const int64_t per_image = kChannelsLast ? p.channels : 1;
   const int64_t images = p.batch * p.channels / per_image;
@@ -349,38 +349,21 @@ void send(const Pooling& p, const T* x, const T* r, T* result) {
   });
 }
 
-Tensor send_to_winners(const char* op, const Pooling& p, const Tensor& x, const Tensor& r) {
-  check_like(op, "r", r, "x", x, false);
-  const bool last = prefers_channels_last(x);
-  Tensor result = new_image(x, sizes_of(x), last);
-  if (result.numel() == 0) return result;
-  const Tensor in = dense(x, last), out = dense(r, last);
-  dispatch(x.scalar_type(), op, [&](auto zero) {
-    using T = decltype(zero);
-    (!last ? send<T, false, false> : is_tiled(p) ? send<T, true, true> : send<T, true, false>)(
-        p, static_cast<const T*>(in.const_data_ptr()), static_cast<const T*>(out.const_data_ptr()),
-        static_cast<T*>(result.mutable_data_ptr()));
-  });
-  return result;
-}
-
-Tensor max_pool(const Tensor& x, const Tensor& r, const Ints& kernel, const Ints& stride,
-                const Ints& padding, const Ints& dilation, bool ceil_mode) {
-  const Pooling p = check_pooling("max_pool", sizes_of(x), r, kernel, stride, padding, dilation,
-                                  ceil_mode);
-  return send_to_winners("max_pool", p, x, r);
-}
-
-Tensor adaptive_max_pool(const Tensor& x, const Tensor& r) {
-  return send_to_winners("adaptive_max_pool", check_adaptive("adaptive_max_pool", sizes_of(x), r), x,
-                         r);
-}
+struct Cpu {
+  template <class T>
+  static void send(const Tensor& result, const Pooling& p, bool channels_last, const T* x, const T* r) {
+    const auto run = !channels_last ? race<T, false, false>
+                     : is_tiled(p)  ? race<T, true, true>
+                                    : race<T, true, false>;
+    run(p, x, r, result_of<T>(result));
+  }
+};
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(captum_rlrp, CPU, m) {
-  m.impl("max_pool", TORCH_BOX(&max_pool));
-  m.impl("adaptive_max_pool", TORCH_BOX(&adaptive_max_pool));
+  m.impl("max_pool", TORCH_BOX(&MaxPooling<Cpu>::windows));
+  m.impl("adaptive_max_pool", TORCH_BOX(&MaxPooling<Cpu>::adaptive));
 }
 
 }  // namespace rlrp

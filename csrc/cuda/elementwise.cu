@@ -3,8 +3,8 @@
 // not depend on the schedule.
 #include <cstdint>
 
+#include "elementwise.h"
 #include "launch.h"
-#include "terms.h"
 
 namespace rlrp {
 namespace {
@@ -106,37 +106,6 @@ struct Product {
   }
 };
 
-Tensor multiply_into(const Tensor& x, const Tensor& g, const std::optional<Tensor>& given,
-                     const Tensor& q) {
-  const auto factor = packed(given);
-  Tensor s = new_masses(x);
-  const auto layout = layout_of(q, x, g);
-  dispatch(x.scalar_type(), "product", [&](auto zero) {
-    using T = decltype(zero);
-    const Product<T> element{static_cast<T*>(q.mutable_data_ptr()),
-                             static_cast<const T*>(x.const_data_ptr()),
-                             static_cast<const T*>(g.const_data_ptr()),
-                             factor ? static_cast<const wide_t<T>*>(factor->const_data_ptr())
-                                    : nullptr};
-    sweep<wide_t<T>>("product", layout, {&s}, element);
-  });
-  return s;
-}
-
-std::tuple<Tensor, Tensor> product(const Tensor& x, const Tensor& g,
-                                   const std::optional<Tensor>& factor) {
-  check_product("product", x, g, factor);
-  Tensor q = torch::stable::empty_like(x);
-  Tensor s = multiply_into(x, g, factor, q);
-  return {q, s};
-}
-
-Tensor product_(const Tensor& x, const Tensor& g, const std::optional<Tensor>& factor) {
-  check_product("product_", x, g, factor);
-  check_writable("product_", "g", g);
-  return multiply_into(x, g, factor, g);
-}
-
 template <class T, bool kTwo>
 struct Accumulate {
   T* r;
@@ -148,30 +117,6 @@ struct Accumulate {
     mass[0] += absolute(widen(value));
   }
 };
-
-template <bool kTwo>
-std::tuple<Tensor, Tensor> accumulate_terms(const Tensor& t, const std::optional<Tensor>& t_factor,
-                                            const std::optional<Tensor>& u,
-                                            const std::optional<Tensor>& u_factor) {
-  Tensor r = torch::stable::empty_like(t);
-  Tensor s = new_masses(t);
-  const auto layout = layout_of(r, t, kTwo ? *u : t);
-  dispatch(t.scalar_type(), "accumulate", [&](auto zero) {
-    using T = decltype(zero);
-    const Accumulate<T, kTwo> element{static_cast<T*>(r.mutable_data_ptr()),
-                                      Given<T, kTwo>(t, t_factor, u, u_factor)};
-    sweep<wide_t<T>>("accumulate", layout, {&s}, element);
-  });
-  return {r, s};
-}
-
-std::tuple<Tensor, Tensor> accumulate(const Tensor& t, const std::optional<Tensor>& t_factor,
-                                      const std::optional<Tensor>& u,
-                                      const std::optional<Tensor>& u_factor) {
-  check_terms("accumulate", t, t_factor, u, u_factor);
-  const auto f = packed(t_factor), h = packed(u_factor);
-  return u ? accumulate_terms<true>(t, f, u, h) : accumulate_terms<false>(t, f, u, h);
-}
 
 template <class T, bool kTwo, bool kFromSum>
 struct SplitElement {
@@ -191,70 +136,35 @@ struct SplitElement {
   }
 };
 
-using Split = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-using SplitMasses = std::tuple<Tensor, Tensor>;
-
-template <bool kTwo, bool kFromSum>
-SplitMasses split_terms(const Tensor& a, const Tensor& b, const Tensor& t,
-                        const std::optional<Tensor>& t_factor, const std::optional<Tensor>& u,
-                        const std::optional<Tensor>& u_factor, const Tensor& r_a,
-                        const Tensor& r_b) {
-  Tensor s_a = new_masses(t), s_b = new_masses(t);
-  const auto layout = layout_of(r_a, r_b, a, b, t, kTwo ? *u : t);
-  dispatch(t.scalar_type(), "split", [&](auto zero) {
-    using T = decltype(zero);
-    const SplitElement<T, kTwo, kFromSum> element{static_cast<T*>(r_a.mutable_data_ptr()),
-                                                  static_cast<T*>(r_b.mutable_data_ptr()),
-                                                  static_cast<const T*>(a.const_data_ptr()),
-                                                  static_cast<const T*>(b.const_data_ptr()),
-                                                  Given<T, kTwo>(t, t_factor, u, u_factor)};
-    sweep<wide_t<T>>("split", layout, {&s_a, &s_b}, element);
-  });
-  return {s_a, s_b};
-}
-
-SplitMasses split_into(const char* op, const Tensor& a, const Tensor& b, const Tensor& t,
-                       const std::optional<Tensor>& t_factor, const std::optional<Tensor>& u,
-                       const std::optional<Tensor>& u_factor, bool from_sum, const Tensor& r_a,
-                       const Tensor& r_b) {
-  check_like(op, "a", a, "t", t);
-  check_like(op, "b", b, "t", t);
-  const auto f = packed(t_factor), h = packed(u_factor);
-  if (u) {
-    return from_sum ? split_terms<true, true>(a, b, t, f, u, h, r_a, r_b)
-                    : split_terms<true, false>(a, b, t, f, u, h, r_a, r_b);
+struct Cuda {
+  template <class T>
+  static void product(const Layout<3>& layout, const Tensor& s, T* q, const T* x, const T* g,
+                      const wide_t<T>* factor) {
+    sweep<wide_t<T>>("product", layout, {&s}, Product<T>{q, x, g, factor});
   }
-  return from_sum ? split_terms<false, true>(a, b, t, f, u, h, r_a, r_b)
-                  : split_terms<false, false>(a, b, t, f, u, h, r_a, r_b);
-}
 
-Split split(const Tensor& a, const Tensor& b, const Tensor& t, const std::optional<Tensor>& t_factor,
-            const std::optional<Tensor>& u, const std::optional<Tensor>& u_factor, bool from_sum) {
-  check_terms("split", t, t_factor, u, u_factor);
-  Tensor r_a = torch::stable::empty_like(t), r_b = torch::stable::empty_like(t);
-  auto [s_a, s_b] = split_into("split", a, b, t, t_factor, u, u_factor, from_sum, r_a, r_b);
-  return {r_a, s_a, r_b, s_b};
-}
+  template <class T, bool kTwo>
+  static void accumulate(const Layout<3>& layout, const Tensor& s, T* r,
+                         const Given<T, kTwo>& given) {
+    sweep<wide_t<T>>("accumulate", layout, {&s}, Accumulate<T, kTwo>{r, given});
+  }
 
-SplitMasses split_(const Tensor& a, const Tensor& b, const Tensor& t,
-                   const std::optional<Tensor>& t_factor, const std::optional<Tensor>& u,
-                   const std::optional<Tensor>& u_factor, bool from_sum) {
-  check_terms("split_", t, t_factor, u, u_factor);
-  check_writable("split_", "a", a);
-  check_writable("split_", "t", t);
-  RLRP_CHECK(a.const_data_ptr() != t.const_data_ptr() || t.numel() == 0, "split_",
-             "a and t are written to and must not be the same tensor");
-  return split_into("split_", a, b, t, t_factor, u, u_factor, from_sum, a, t);
-}
+  template <class T, bool kTwo, bool kFromSum>
+  static void split(const Layout<6>& layout, const Tensor& s_a, const Tensor& s_b, T* r_a, T* r_b,
+                    const T* a, const T* b, const Given<T, kTwo>& given) {
+    sweep<wide_t<T>>("split", layout, {&s_a, &s_b},
+                     SplitElement<T, kTwo, kFromSum>{r_a, r_b, a, b, given});
+  }
+};
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(captum_rlrp, CUDA, m) {
-  m.impl("product", TORCH_BOX(&product));
-  m.impl("product_", TORCH_BOX(&product_));
-  m.impl("accumulate", TORCH_BOX(&accumulate));
-  m.impl("split", TORCH_BOX(&split));
-  m.impl("split_", TORCH_BOX(&split_));
+  m.impl("product", TORCH_BOX(&Elementwise<Cuda>::product));
+  m.impl("product_", TORCH_BOX(&Elementwise<Cuda>::product_));
+  m.impl("accumulate", TORCH_BOX(&Elementwise<Cuda>::accumulate));
+  m.impl("split", TORCH_BOX(&Elementwise<Cuda>::split));
+  m.impl("split_", TORCH_BOX(&Elementwise<Cuda>::split_));
 }
 
 }  // namespace rlrp
