@@ -14,7 +14,6 @@ import logging
 import operator
 import threading
 import warnings
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -491,23 +490,29 @@ def _functional_twin(target: Any) -> Any:
     return getattr(packet, target._overloadname, None) if packet is not None else None
 
 
-# In evaluation these return their operand itself.
-_DROPOUTS = {
-    aten.dropout.default,
-    aten.alpha_dropout.default,
-    aten.feature_dropout.default,
-    aten.feature_alpha_dropout.default,
-}
+# Ops known to return new memory. (Schemas do not tell: type_as and einsum may return an operand.)
+_RETURN_NEW = {
+    aten.conv1d, aten.conv2d, aten.conv3d, aten.conv_transpose1d, aten.conv_transpose2d,
+    aten.conv_transpose3d, aten.linear, aten.addmm, aten.matmul, aten.mm, aten.bmm,
+    aten.batch_norm, aten.layer_norm, aten.group_norm, aten.add, aten.sub, aten.mul, aten.div,
+    aten.relu, aten.relu6, aten.hardtanh, aten.leaky_relu, aten.elu, aten.gelu, aten.silu,
+    aten.sigmoid, aten.tanh, aten.hardswish, aten.hardsigmoid, aten.softmax, aten.log_softmax,
+    aten.max_pool1d, aten.max_pool2d, aten.max_pool3d, aten.avg_pool1d, aten.avg_pool2d,
+    aten.avg_pool3d, aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d, aten.adaptive_avg_pool3d,
+    aten.cat, aten.mean, aten.sum,
+}  # fmt: skip
 
 
 def unshared(graph: CapturedGraph) -> frozenset[Node]:
-    """The results of calls that share their storage with no other value."""
-    root = _alias_roots(graph.graph)
-    sharing = Counter(root.values())
+    """Results of calls that surely share their memory with no other value."""
+
+    def returns_new(node: Node) -> bool:
+        return getattr(node.target, "overloadpacket", None) in _RETURN_NEW
+
     return frozenset(
         node
         for node in graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload) and sharing[root[node]] == 1
+        if returns_new(node) and all(returns_new(u) for u in node.users if reads_values(u))
     )
 
 
@@ -518,7 +523,7 @@ def _alias_roots(graph: Graph) -> dict[Node, Node]:
         target = node.target
         shares = target is operator.getitem or (
             isinstance(target, torch._ops.OpOverload)
-            and (target.is_view or target._schema.is_mutable or target in _DROPOUTS)
+            and (target.is_view or target._schema.is_mutable or target is aten.dropout.default)
         )
         source = node.args[0] if node.args and isinstance(node.args[0], Node) else None
         root[node] = root[source] if shares and source is not None else node
