@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
@@ -78,3 +81,45 @@ def test_cuda_equals_the_float64_reference_on_the_cpu(name: str, dtype: torch.dt
         actual = RelativeLRP(model, backend="compiled").attribute(given, target=[1, 2])
         assert actual.device.type == "cuda"
         assert distance(actual, expected) < TOLERANCE[dtype]
+
+
+class Aliases(nn.Module):
+    """One value that is read last by a section, and before that under other names."""
+
+    def __init__(self, rename: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.rename = rename
+        self.first, self.second, self.third = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.head = nn.Linear(108, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).relu()
+        other = self.rename(h)
+        h = self.second(h).relu()
+        return self.head((h + self.third(other).relu()).flatten(1))
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda h: h.type_as(h),
+        lambda h: torch.einsum("abcd->abdc", h),
+        lambda h: F.dropout(h, 0.5, training=False),
+        lambda h: h.view(-1, 3, 6, 6),
+        lambda h: h.to(h.dtype),
+        lambda h: torch.atleast_3d(h),
+        lambda h: h[:, [2, 1, 0]],
+        lambda h: h,
+    ],
+)
+def test_nothing_is_written_over_that_is_read_under_another_name(
+    rename: Callable[[Tensor], Tensor],
+) -> None:
+    torch.manual_seed(0)
+    model = Aliases(rename).eval()
+    x = torch.randn(2, 3, 6, 6)
+    before = x.clone()
+    expected = RelativeLRP(model.double(), backend="reference").attribute(x.double(), target=1)
+    actual = RelativeLRP(model.float()).attribute(x, target=1)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-6)
+    assert torch.equal(x, before)

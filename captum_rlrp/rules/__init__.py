@@ -61,7 +61,11 @@ _add(
 )
 
 # §2, §6 shape ops: relevance follows the elements
-_add(Reshape(), "view reshape flatten unflatten squeeze unsqueeze _unsafe_view view_as reshape_as")
+_add(
+    Reshape(),
+    "view reshape flatten unflatten squeeze unsqueeze _unsafe_view view_as "
+    "reshape_as atleast_1d atleast_2d atleast_3d",
+)
 _add(
     Move(),
     "permute transpose t movedim moveaxis swapaxes swapdims numpy_T adjoint mT "
