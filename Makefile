@@ -12,7 +12,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-comp
 CSRC := $(shell find csrc -type f 2>/dev/null)
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1 || echo 0)
 BUILD_TOOLS := "setuptools>=77" wheel ninja "pybind11>=2.12"
-SOURCES := captum_rlrp tests examples $(wildcard benchmarks scripts) setup.py
+SOURCES := captum_rlrp tests examples $(wildcard benchmarks evaluation scripts) setup.py
 
 .PHONY: demo test lint install bench coverage evaluate sanitize clean
 .DELETE_ON_ERROR:
@@ -65,7 +65,7 @@ $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
 	touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-bench: $(VENV)/.installed
-	$(PIP) zennit quantus
+	$(PIP) zennit quantus scikit-image scipy
 	touch $@
 
 clean:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+POOL = 4096  # training scenes for each seed
 MIDDLE, SPREAD = 0.5, 0.25  # pictures are fed to networks as (rgb - MIDDLE) / SPREAD
 
 
@@ -94,27 +95,45 @@ Background = Callable[[int, int, Generator, bool], Tensor]
 def scenes(name: str, size: int) -> Data:
     """Pictures of several objects, each of another class, before a busy background."""
     if name == "shapes":
-        classes, objects = tuple(SHAPES), 3
+        classes = tuple(SHAPES)
         stamp, background = stamp_shape, clutter
     elif name == "cutouts":
-        classes, objects = tuple(PHOTOS), 2
+        classes = tuple(PHOTOS)
         stamp, background = stamp_photo, texture
     else:
         raise ValueError(f"there is no data set {name!r}")
 
+    def drawn(number: int, generator: Generator, training: bool) -> Samples:
+        # In blocks: the first samples are the same however many are asked for.
+        # Half of the training scenes hold one object: what it is called is learnt sooner.
+        blocks = [
+            compose(
+                64,
+                size,
+                len(classes),
+                2 - training * (index % 2),
+                stamp,
+                background,
+                generator,
+                training,
+            )
+            for index in range(-(-number // 64))
+        ]
+        parts = zip(*(vars(block).values() for block in blocks), strict=True)
+        return Samples(*(torch.cat(part) for part in parts)).first(number)
+
+    pool: list[Samples] = []
+
     def batch(number: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        drawn = compose(number, size, len(classes), objects, stamp, background, generator, True)
-        return drawn.inputs, drawn.present
+        """Scenes from a pool that the generator's first call fills, mirrored at random."""
+        if not pool:
+            pool.append(drawn(POOL, generator, True))
+        chosen = torch.randint(POOL, (number,), generator=generator)
+        mirrored = [axis for axis in (2, 3) if torch.rand((), generator=generator) < 0.5]
+        return pool[0].inputs[chosen].flip(mirrored), pool[0].present[chosen]
 
     def samples(number: int) -> Samples:
-        generator = Generator().manual_seed(12345)
-        # Drawn in blocks, so that the first samples are the same however many are asked for.
-        blocks = [
-            compose(50, size, len(classes), objects, stamp, background, generator, False)
-            for _ in range(-(-number // 50))
-        ]
-        joined = (torch.cat(parts) for parts in zip(*(vars(b).values() for b in blocks), strict=True))
-        return Samples(*joined).first(number)
+        return drawn(number, Generator().manual_seed(12345), False)
 
     low, high = (0 - MIDDLE) / SPREAD, (1 - MIDDLE) / SPREAD
     return Data(classes, (3, size, size), low, high, batch, samples)
@@ -140,12 +159,12 @@ def compose(
     chosen = torch.rand(count, classes, generator=generator).argsort(1)[:, :objects]
     quarters = torch.rand(count, 4, generator=generator).argsort(1)
     pictures = background(count, size, generator, training)
-    masks = torch.zeros(objects, count, size, size, dtype=torch.bool)
+    masks = torch.zeros(2, count, size, size, dtype=torch.bool)
     for index in range(objects):
         quarter = quarters[:, index]
         home = torch.stack([quarter % 2, quarter // 2], dim=1) - 0.5
-        centre = home + uniform(-0.12, 0.12, 2)
-        scale, angle = uniform(0.3, 0.4), uniform(-0.6, 0.6)
+        centre = home + uniform(-0.06, 0.06, 2)
+        scale, angle = uniform(0.36, 0.46), uniform(-0.4, 0.4)
         cos, sin = angle.cos(), angle.sin()
         turn = torch.stack([cos, sin, -sin, cos], dim=1).view(count, 2, 2)
         local = torch.einsum("nij,nhwj->nhwi", turn, points - centre[:, None, None])
@@ -163,7 +182,7 @@ def compose(
     inputs = (pictures.clamp(0, 1) - MIDDLE) / SPREAD
     present = torch.zeros(count, classes).scatter_(1, chosen, 1 / objects)
     return Samples(
-        inputs, chosen[:, 0], chosen[:, 1], present, masks[0][:, None], masks[1][:, None]
+        inputs, chosen[:, 0], chosen[:, -1], present, masks[0][:, None], masks[1][:, None]
     )
 
 
@@ -223,7 +242,6 @@ PHOTOS = {
     "chelsea": (200, 152, 145),
     "coffee": (290, 195, 190),
     "stereo_motorcycle": (400, 300, 195),
-    "retina": (705, 705, 700),
 }
 TEXTURES = ("brick", "grass", "gravel", "immunohistochemistry", "hubble_deep_field")
 
@@ -272,15 +290,15 @@ def texture(count: int, size: int, generator: Generator, training: bool) -> Tens
     """A piece of a texture: from the left half for training, from the right half for testing."""
     chosen = torch.randint(len(TEXTURES), (count,), generator=generator).tolist()
     tops = torch.randint(384 - 128, (count,), generator=generator).tolist()
-    lefts = (torch.randint(192 - 128, (count,), generator=generator) + (not training) * 192).tolist()
+    lefts = (
+        torch.randint(192 - 128, (count,), generator=generator) + (not training) * 192
+    ).tolist()
     whole = textures()
     pieces = [
         whole[index, :, top : top + 128, left : left + 128]
         for index, top, left in zip(chosen, tops, lefts, strict=True)
     ]
-    return F.interpolate(
-        torch.stack(pieces), size=(size, size), mode="bilinear", antialias=True
-    )
+    return F.interpolate(torch.stack(pieces), size=(size, size), mode="bilinear", antialias=True)
 
 
 # --- pictures of one's own ----------------------------------------------------------------------

@@ -303,7 +303,9 @@ def quantus_differences(
     places = relevance(attributions)
     maps = places.view(-1, 1, *x.shape[2:])
 
-    def theirs(metric: Callable, a: Tensor, mask: Tensor | None = None, **options: object) -> Tensor:
+    def theirs(
+        metric: Callable, a: Tensor, mask: Tensor | None = None, **options: object
+    ) -> Tensor:
         instance = metric(abs=False, normalise=False, disable_warnings=True, **options)
         arrays = {"x_batch": x.numpy(), "y_batch": y.numpy(), "a_batch": a.numpy()}
         if mask is not None:

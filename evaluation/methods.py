@@ -204,9 +204,7 @@ def variants() -> dict[str, Method]:
     return {name: wrap(make) for name, make in VARIANTS.items()}
 
 
-def applicable(
-    methods: dict[str, Method], network: nn.Module
-) -> Iterator[tuple[str, Method]]:
+def applicable(methods: dict[str, Method], network: nn.Module) -> Iterator[tuple[str, Method]]:
     """The methods that say something of their own about this network."""
     dense = not any(isinstance(module, nn.Conv2d) for module in network.modules())
     for name, method in methods.items():

@@ -26,9 +26,9 @@ def dense(inputs: int, classes: int) -> nn.Module:
 
 
 class SimpleCNN(nn.Module):
-    """Five convolutions, without batch norm."""
+    """Five convolutions with batch norm, and the largest response over the picture."""
 
-    def __init__(self, channels: int, classes: int) -> None:
+    def __init__(self, channels: int, size: int, classes: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for before, after, pool in (
@@ -38,10 +38,10 @@ class SimpleCNN(nn.Module):
             (48, 64, True),
             (64, 64, False),
         ):
-            layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU()]
+            layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
             layers += [nn.MaxPool2d(2)] if pool else []
         self.features = nn.Sequential(*layers)
-        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.pool = nn.MaxPool2d(size // 8)
         self.classifier = nn.Linear(64, classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,15 +78,17 @@ def build(name: str, data: Data, width: float) -> nn.Module:
     """A fresh network; torch's seed decides on its weights."""
     classes = len(data.classes)
     if name == "dense":
-        return dense(math.prod(data.shape), classes)
-    if name == "cnn":
-        return SimpleCNN(data.shape[0], classes)
-    if name in ("vgg16", "vgg19"):
+        network = dense(math.prod(data.shape), classes)
+    elif name == "cnn":
+        network = SimpleCNN(data.shape[0], data.shape[-1], classes)
+    elif name in ("vgg16", "vgg19"):
         network = narrow_vgg({"vgg16": "D", "vgg19": "E"}[name], width, classes)
     elif name == "resnet50":
         # Torchvision narrows the inner layers of the bottlenecks, between the skip connections.
         inner = max(4, int(64 * width))
-        network = resnet.ResNet(resnet.Bottleneck, [3, 4, 6, 3], classes, width_per_group=inner)
+        network = resnet.ResNet(
+            resnet.Bottleneck, [3, 4, 6, 3], classes, zero_init_residual=True, width_per_group=inner
+        )
     else:
         raise ValueError(f"there is no network {name!r}")
     return in_eval(network)

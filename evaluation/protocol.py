@@ -30,6 +30,7 @@ class Cell:
     data: str
     samples: int  # explained, for each seed
     steps: int  # of training, with batches of `Protocol.batch`
+    size: int = 48  # side of generated pictures
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,9 @@ class Protocol:
     name: str
     cells: tuple[Cell, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
-    size: int = 48  # side of the generated pictures
     width: float = 0.25  # of VGG's and ResNet50's hidden layers, against torchvision's
-    batch: int = 64
-    learning_rate: float = 2e-3
+    batch: int = 32
+    learning_rate: float = 3e-3
     tested: int = 500  # samples on which accuracy is measured
 
     probes: int = 12  # samples for the measures that explain again and again
@@ -57,7 +57,7 @@ class Protocol:
     ablations: tuple[tuple[str, str], ...] = (("cnn", "shapes"), ("resnet50", "cutouts"))
     gallery: int = 4  # first test samples, drawn for the first seed
 
-    cancellation: tuple[float, ...] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8)
+    cancellation: tuple[float, ...] = (1.0, 1e-1, 1e-2, 1e-4, 1e-6, 1e-8)
     depths: tuple[str, ...] = ("resnet18", "resnet34", "resnet50")
     nudge: float = 1e-6
 
@@ -65,13 +65,13 @@ class Protocol:
 REDUCED = Protocol(
     "reduced",
     (
-        Cell("dense", "digits", 100, 600),
+        Cell("dense", "digits", 100, 1000),
         Cell("dense", "breast_cancer", 100, 300),
-        Cell("cnn", "shapes", 60, 700),
-        Cell("cnn", "cutouts", 60, 700),
-        Cell("vgg16", "shapes", 24, 150),
-        Cell("vgg19", "cutouts", 24, 150),
-        Cell("resnet50", "cutouts", 24, 150),
+        Cell("cnn", "shapes", 60, 600),
+        Cell("cnn", "cutouts", 60, 400),
+        Cell("vgg16", "shapes", 24, 400, size=32),
+        Cell("vgg19", "cutouts", 24, 300, size=32),
+        Cell("resnet50", "cutouts", 20, 200, size=32),
     ),
 )
 
@@ -82,13 +82,12 @@ FULL = Protocol(
         Cell("dense", "digits", 360, 2000),
         Cell("dense", "breast_cancer", 114, 600),
         *(
-            Cell(network, data, 200, 3000)
+            Cell(network, data, 200, 3000, size=224)
             for network in ("cnn", "vgg16", "vgg19", "resnet50")
             for data in ("shapes", "cutouts")
         ),
     ),
     seeds=(0, 1, 2, 3, 4),
-    size=224,
     width=1.0,
     learning_rate=5e-4,
     tested=1000,
@@ -106,12 +105,11 @@ TINY = Protocol(
     "tiny",
     (
         Cell("dense", "digits", 8, 60),
-        Cell("cnn", "shapes", 6, 20),
-        Cell("vgg16", "shapes", 4, 2),
-        Cell("resnet50", "cutouts", 4, 2),
+        Cell("cnn", "shapes", 6, 20, size=32),
+        Cell("vgg16", "shapes", 4, 2, size=32),
+        Cell("resnet50", "cutouts", 4, 2, size=32),
     ),
     seeds=(0, 1),
-    size=32,
     width=0.0625,
     tested=50,
     probes=3,

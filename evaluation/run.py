@@ -39,7 +39,7 @@ class Subject:
 
 def trained(cell: Cell, seed: int, protocol: Protocol, folder: Path, device: str) -> Subject:
     """The cell's network, from the cache or trained now."""
-    data = load(cell.data, protocol.size)
+    data = load(cell.data, cell.size)
     torch.manual_seed(seed)
     network = networks.build(cell.network, data, protocol.width)
     stored = folder / f"{cell.network}-{cell.data}-{seed}.pt"
@@ -82,18 +82,20 @@ def measured(
 ) -> Record:
     """Every method on the subject; the first maps go to a file for the gallery."""
     results: dict[str, Record] = {}
-    maps: dict[str, Tensor] = {}
+    maps: dict[str, list[Tensor]] = {}
     changed = [measures.randomised(subject.network, share, 7) for share in (0.5, 1.0)]
     for name, method in applicable(methods, subject.network):
         try:
-            results[name], attributions = one_method(subject, method, changed, protocol)
-            maps[name] = measures.relevance(attributions)[: protocol.gallery].half()
+            results[name], both = one_method(subject, method, changed, protocol)
+            maps[name] = [values[: protocol.gallery] for values in both]
         except Exception as error:
             if name == OURS:
                 raise
             lines = str(error).strip().splitlines() or [""]
             results[name] = {"error": f"{type(error).__name__}: {lines[0]}"}
-    torch.save({"samples": subject.samples.first(protocol.gallery), "maps": maps}, f"{gallery}.maps")
+    if subject.seed == protocol.seeds[0]:
+        kept = {"samples": subject.samples.first(protocol.gallery), "maps": maps}
+        torch.save(kept, f"{gallery}.maps")
     record: Record = {"methods": results, "classes": subject.data.classes}
     if subject.seed == protocol.seeds[0] and subject.device.type == "cpu":
         few = subject.samples.first(10)
@@ -105,8 +107,8 @@ def measured(
 
 def one_method(
     subject: Subject, method: Method, changed: list[nn.Module], protocol: Protocol
-) -> tuple[Record, Tensor]:
-    """One method's figures, one for each sample, and its maps."""
+) -> tuple[Record, tuple[Tensor, Tensor]]:
+    """One method's figures, one for each sample, and its maps for either class."""
     network, data, device = subject.network, subject.data, subject.device
     samples = subject.samples
     explain = prepare(method, network, data, protocol)
@@ -115,7 +117,7 @@ def one_method(
     start = time.perf_counter()
     maps = in_blocks(explain, x, labels)
     seconds = (time.perf_counter() - start) / len(x)
-    others = in_blocks(explain, x, samples.others.to(device))
+    others = measures.relevance(in_blocks(explain, x, samples.others.to(device)))
     places = measures.relevance(maps)
 
     with torch.no_grad():
@@ -124,8 +126,8 @@ def one_method(
     figures: dict[str, Tensor | None] = {
         "nonfinite": (~maps.isfinite()).flatten(1).any(1).double(),
         "amplification": measures.amplification(method.law, maps, logit),
-        "law_error": measures.law_error(method.law, places_with_channels(maps), logit, start_logit),
-        "similarity": measures.cosine(places, measures.relevance(others)),
+        "law_error": measures.law_error(method.law, maps.flatten(1), logit, start_logit),
+        "similarity": measures.cosine(places, others),
     }
     if samples.masks is not None and samples.other_masks is not None:
         mask = samples.masks.flatten(1).to(device)
@@ -155,12 +157,7 @@ def one_method(
         "figures": {k: numbers(v) for k, v in figures.items() if v is not None},
         "curves": {k: [numbers(row) for row in v] for k, v in curves.items()},
     }
-    return record, maps
-
-
-def places_with_channels(maps: Tensor) -> Tensor:
-    """Every entry for itself: cancellation between channels must not hide a broken law."""
-    return maps.flatten(1)
+    return record, (places.cpu(), others.cpu())
 
 
 def in_blocks(explain: Explain, x: Tensor, targets: Tensor) -> Tensor:
