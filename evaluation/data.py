@@ -203,7 +203,6 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "square": lambda x, y: 0.75 - torch.maximum(x.abs(), y.abs()),
     "triangle": _triangle,
     "plus": _plus,
-    "star": lambda x, y: 0.65 + 0.33 * torch.cos(5 * torch.atan2(y, x)) - torch.hypot(x, y),
 }
 
 

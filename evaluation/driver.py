@@ -44,18 +44,18 @@ def shake(protocol: Protocol, folder: Path) -> None:
 
 
 def evaluate(protocol: Protocol, folder: Path, only: str | None, jobs: int, device: str) -> None:
-    """All cells that are missing, the longest first, then the robustness section."""
+    """All cells that are missing, seed by seed, then the robustness section."""
     start = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     chosen = [cell for cell in protocol.cells if only in (None, cell.network)]
-    tasks = [(cell, seed) for cell in reversed(chosen) for seed in protocol.seeds]
-    tasks = [(c, s) for c, s in tasks if not (folder / f"{c.network}-{c.data}-{s}.json").exists()]
+    tasks = [(cell, seed) for seed in protocol.seeds for cell in reversed(chosen)]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         waiting = [pool.submit(work, c, s, protocol, folder, device) for c, s in tasks]
-        for done in tqdm(as_completed(waiting), total=len(waiting), desc="networks trained"):
+        for done in tqdm(as_completed(waiting), total=len(waiting), desc="networks"):
             done.result()
-        print("robustness …")
-        pool.submit(shake, protocol, folder).result()
+        if only is None:
+            print("robustness …")
+            pool.submit(shake, protocol, folder).result()
     note(folder, time.perf_counter() - start, jobs, device)
 
 

@@ -53,34 +53,50 @@ def trained(cell: Cell, seed: int, protocol: Protocol, folder: Path, device: str
 
 def evaluate(cell: Cell, seed: int, protocol: Protocol, folder: Path, device: str) -> None:
     """Measure one network and store the figures as JSON; what is stored already is kept."""
-    path = folder / f"{cell.network}-{cell.data}-{seed}.json"
-    if path.exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    subject = trained(cell, seed, protocol, folder, device)
-    record: Record = {
-        "cell": asdict(cell),
-        "seed": seed,
-        "train_seconds": time.perf_counter() - start,
-        "accuracy": networks.accuracy(subject.network, subject.data.test(protocol.tested), device),
-        "parameters": sum(p.numel() for p in subject.network.parameters()),
-    }
     methods = dict(METHODS)
     if (cell.network, cell.data) in protocol.ablations:
         methods |= variants()
-    record |= measured(subject, methods, protocol, folder / path.stem)
-    record["seconds"] = time.perf_counter() - start
+    path = folder / f"{cell.network}-{cell.data}-{seed}.json"
+    record: Record = json.loads(path.read_text()) if path.exists() else {}
+    methods = {name: m for name, m in methods.items() if name not in record.get("asked", ())}
+    if not methods:
+        return
+    start = time.perf_counter()
+    subject = trained(cell, seed, protocol, folder, device)
+    if not record:
+        tested = subject.data.test(protocol.tested)
+        record = {
+            "cell": asdict(cell),
+            "seed": seed,
+            "classes": subject.data.classes,
+            "train_seconds": time.perf_counter() - start,
+            "accuracy": networks.accuracy(subject.network, tested, device),
+            "parameters": sum(p.numel() for p in subject.network.parameters()),
+            "asked": [],
+            "methods": {},
+        }
+    record["methods"] |= measured(subject, methods, protocol, folder / path.stem)
+    record["asked"] += list(methods)
+    if OURS in methods and seed == protocol.seeds[0] and device == "cpu":
+        record["quantus"] = against_quantus(subject, protocol)
+    record["seconds"] = record.get("seconds", 0.0) + time.perf_counter() - start
     # Written elsewhere first: a run that is cut short leaves no half of a file.
     draft = path.with_suffix(".draft")
     draft.write_text(json.dumps(record))
     draft.replace(path)
 
 
+def against_quantus(subject: Subject, protocol: Protocol) -> dict[str, float]:
+    """How far the measures are from the same ones in Quantus, on ten samples."""
+    few = subject.samples.first(10)
+    explain = prepare(METHODS[OURS], subject.network, subject.data, protocol)
+    return measures.quantus_differences(subject.network, few, explain(few.inputs, few.labels))
+
+
 def measured(
     subject: Subject, methods: dict[str, Method], protocol: Protocol, gallery: Path
-) -> Record:
-    """Every method on the subject; the first maps go to a file for the gallery."""
+) -> dict[str, Record]:
+    """Every method on the subject; of the first seed, the first maps are kept for the gallery."""
     results: dict[str, Record] = {}
     maps: dict[str, list[Tensor]] = {}
     changed = [measures.randomised(subject.network, share, 7) for share in (0.5, 1.0)]
@@ -93,16 +109,10 @@ def measured(
                 raise
             lines = str(error).strip().splitlines() or [""]
             results[name] = {"error": f"{type(error).__name__}: {lines[0]}"}
-    if subject.seed == protocol.seeds[0]:
+    if subject.seed == protocol.seeds[0] and OURS in methods:
         kept = {"samples": subject.samples.first(protocol.gallery), "maps": maps}
         torch.save(kept, f"{gallery}.maps")
-    record: Record = {"methods": results, "classes": subject.data.classes}
-    if subject.seed == protocol.seeds[0] and subject.device.type == "cpu":
-        few = subject.samples.first(10)
-        explain = prepare(METHODS[OURS], subject.network, subject.data, protocol)
-        attributions = explain(few.inputs, few.labels)
-        record["quantus"] = measures.quantus_differences(subject.network, few, attributions)
-    return record
+    return results
 
 
 def one_method(
@@ -212,8 +222,9 @@ def own_pictures(
     record: Record = {
         "cell": asdict(Cell("own", "pictures", count, 0)),
         "seed": 0,
+        "classes": data.classes,
         "accuracy": accuracy,
         "parameters": sum(p.numel() for p in network.parameters()),
     }
-    record |= measured(subject, dict(METHODS), protocol, path.with_suffix(""))
+    record["methods"] = measured(subject, METHODS, protocol, path.with_suffix(""))
     path.write_text(json.dumps(record))
