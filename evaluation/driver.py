@@ -39,8 +39,9 @@ def shake(protocol: Protocol, folder: Path) -> None:
     torch.set_num_threads(1)
     path = folder / "robustness.json"
     if not path.exists():
+        start = time.process_time()
         rows = list(robustness.measure(protocol, folder))
-        path.write_text(json.dumps(rows))
+        path.write_text(json.dumps({"seconds": time.process_time() - start, "rows": rows}))
 
 
 def evaluate(protocol: Protocol, folder: Path, only: str | None, jobs: int, device: str) -> None:

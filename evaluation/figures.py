@@ -78,18 +78,21 @@ def overview(tables: dict[str, Table], measures: Sequence[str], path: Path) -> N
     scores = means * signs
     low, high = np.nanmin(scores, axis=0), np.nanmax(scores, axis=0)
     shades = (scores - low) / np.where(high > low, high - low, 1)
-    figure, axis = plt.subplots(figsize=(11.5, 0.42 * len(methods) + 1.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(11.5, 0.4 * len(methods) + 1.3), layout="constrained")
     axis.imshow(np.ma.masked_invalid(shades), cmap="YlGn", vmin=0, vmax=1.25, aspect="auto")
     for i in range(len(methods)):
         for j in range(len(measures)):
-            best = np.isfinite(scores[i, j]) and scores[i, j] >= high[j] - 5e-4
+            best = np.isfinite(scores[i, j]) and round(scores[i, j], 2) == round(high[j], 2)
             text = f"{means[i, j]:.2f}" if np.isfinite(means[i, j]) else "–"
             weight = "bold" if best else "normal"
             axis.text(j, i, text, ha="center", va="center", fontsize=9, fontweight=weight)
     arrows = {1: "↑", -1: "↓"}
     axis.set_xticks(
         range(len(measures)),
-        [f"{MEASURES[m].title} {arrows[MEASURES[m].better]}" for m in measures],
+        [
+            f"{MEASURES[m].title.replace(' ', chr(10))} {arrows[MEASURES[m].better]}"
+            for m in measures
+        ],
         fontsize=9,
     )
     axis.xaxis.tick_top()
@@ -99,7 +102,7 @@ def overview(tables: dict[str, Table], measures: Sequence[str], path: Path) -> N
     axis.tick_params(length=0)
     axis.set_xlabel(
         f"means over {len(tables)} networks trained on pictures with masks; "
-        "dark: best of the column, bold: best or equal to it",
+        "the darker the better within a column, bold: the best",
         fontsize=9,
     )
     save(figure, path)

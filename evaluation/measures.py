@@ -101,13 +101,13 @@ MEASURES: dict[str, Measure] = {
         "random half",
         -1,
         "Quantus MPRT (Adebayo et al. 2018), two stages of it",
-        "rank correlation of |map| after the later half of the parameters is drawn anew",
+        "rank correlation of the absolute map after the later half of the parameters is drawn anew",
     ),
     "randomised": Measure(
         "random all",
         -1,
         "Quantus MPRT (Adebayo et al. 2018), its last stage",
-        "rank correlation of |map| after all parameters are drawn anew",
+        "rank correlation of the absolute map after all parameters are drawn anew",
     ),
 }
 

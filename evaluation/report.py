@@ -36,9 +36,6 @@ LAWS = {
     "": "none",
 }
 
-PARTS = ("circumstances", "summary", "networks", "cells", "robustness", "conservation",
-         "ablations", "gallery")  # fmt: skip
-
 
 def title(cell: tuple[str, str]) -> str:
     return f"{NETWORKS[cell[0]]}, {DATA[cell[1]]}"
@@ -49,12 +46,18 @@ def write(protocol: Protocol, folder: Path, document: Path, template: Path) -> N
     cells = load(protocol, folder)
     if not cells:
         raise SystemExit(f"no results of the {protocol.name} protocol in {folder}")
-    rows = _json(folder / "robustness.json", [])
+    shaken = _json(folder / "robustness.json", {"seconds": 0.0, "rows": []})
+    rows = shaken["rows"]
+    busy = shaken["seconds"] + sum(
+        r.get("seconds", 0) for records in cells.values() for r in records
+    )
     images = document.parent / "images" / "evaluation"
     tables = {cell: tabulated(records) for cell, records in cells.items()}
     parts = {
-        "circumstances": circumstances(protocol, _json(folder / "run.json", {})),
+        "circumstances": circumstances(protocol, _json(folder / "run.json", {}), busy),
         "summary": summary(cells, tables, images),
+        "settings": settings(protocol),
+        "measures": measures(),
         "networks": accuracies(cells),
         "cells": "\n\n".join(cell_section(cell, tables[cell], cells[cell]) for cell in cells),
         "robustness": robustness(rows, images) if rows else "Not run.",
@@ -98,19 +101,46 @@ def bold(method: str) -> str:
 # --- the parts ----------------------------------------------------------------------------------
 
 
-def circumstances(protocol: Protocol, run: Record) -> str:
+def circumstances(protocol: Protocol, run: Record, busy: float) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items())
     seconds = run.get("seconds")
     return "\n".join(
         [
             f"* The {protocol.name} protocol; seeds {', '.join(map(str, protocol.seeds))}",
             f"* Command: `{run.get('command', '')}`, {run.get('date', '')}; "
-            + (f"{seconds / 60:.0f} minutes" if seconds else ""),
+            + (f"{seconds / 60:.0f} minutes by the clock, " if seconds else "")
+            + f"{busy / 60:.0f} minutes of processor time on all cores together",
             f"* Machine: {run.get('machine', '')}",
             f"* Versions: {versions}",
             f"* Hidden layers of VGG and ResNet50: {protocol.width:g} times torchvision's width",
         ]
     )
+
+
+def settings(protocol: Protocol) -> str:
+    """What the protocol fixes in numbers."""
+    p = protocol
+    steps = ", ".join(f"{cell.steps} ({title((cell.network, cell.data))})" for cell in p.cells)
+    return "\n".join(
+        [
+            f"* Training: AdamW, one cycle, largest learning rate {p.learning_rate:g}, batches of "
+            f"{p.batch}, steps: {steps}.",
+            f"* Curves of {p.flips} steps. Noise: {p.stability_samples} draws of at most "
+            f"{p.stability_radius:g} in each input element. Noise and randomisation are measured "
+            f"on the first {p.probes} samples, everything else on all.",
+            f"* Integrated gradients: {p.integration_steps} steps. SmoothGrad: {p.smooth_samples} "
+            f"samples, noise {p.smooth_noise:g} of the input's range. Grad-CAM: the deepest layer "
+            f"with maps of at least {p.cam_side}×{p.cam_side}.",
+        ]
+    )
+
+
+def measures() -> str:
+    rows = [
+        [f"{m.title} {'↑' if m.better > 0 else '↓'}", m.meaning, m.source]
+        for m in MEASURES.values()
+    ]
+    return table(["measure", "what it is", "source"], rows).replace("|--:", "|---")
 
 
 def tabulated(records: list[Record]) -> figures.Table:
