@@ -253,9 +253,9 @@ def sensitivity(
     """Captum's largest relative change of the map under noise of at most `radius`."""
     from captum.metrics import sensitivity_max
 
-    def function(inputs: tuple[Tensor, ...] | Tensor, target: Tensor) -> Tensor:
-        batch = inputs[0] if isinstance(inputs, tuple) else inputs
-        return torch.nan_to_num(explain(batch, target).double(), 0.0, 0.0, 0.0)
+    def function(inputs: tuple[Tensor, ...], target: Tensor) -> tuple[Tensor]:
+        # A tuple, as Captum reads a lone tensor as one explanation for each row.
+        return (torch.nan_to_num(explain(inputs[0], target).double(), 0.0, 0.0, 0.0),)
 
     torch.manual_seed(0)
     return sensitivity_max(

@@ -48,9 +48,9 @@ def write(protocol: Protocol, folder: Path, document: Path, template: Path) -> N
         raise SystemExit(f"no results of the {protocol.name} protocol in {folder}")
     shaken = _json(folder / "robustness.json", {"seconds": 0.0, "rows": []})
     rows = shaken["rows"]
-    busy = shaken["seconds"] + sum(
-        r.get("seconds", 0) for records in cells.values() for r in records
-    )
+    busy = shaken["seconds"]
+    for record in (record for records in cells.values() for record in records):
+        busy += record.get("seconds", 0.0) + (record.get("train_seconds") or 0.0)
     images = document.parent / "images" / "evaluation"
     tables = {cell: tabulated(records) for cell, records in cells.items()}
     parts = {
@@ -204,12 +204,13 @@ def accuracies(cells: dict[tuple[str, str], list[Record]]) -> str:
         accuracy = ", ".join(
             "–" if record["accuracy"] is None else f"{record['accuracy']:.1%}" for record in records
         )
-        seconds = np.mean([record.get("train_seconds", 0) for record in records])
+        known = [record.get("train_seconds") for record in records]
+        seconds = ", ".join("–" if value is None else f"{value:.0f}" for value in known)
         parameters = f"{records[0]['parameters']:,}"
         explained = str(records[0]["cell"]["samples"])
         side = records[0]["cell"]["size"]
         size = f"{side}×{side}" if "mass" in records[0]["methods"][OURS]["figures"] else "–"
-        rows.append([title(cell), size, parameters, accuracy, explained, f"{seconds:.0f}"])
+        rows.append([title(cell), size, parameters, accuracy, explained, seconds])
     head = [
         "network, data",
         "pictures",

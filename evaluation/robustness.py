@@ -93,7 +93,7 @@ def cases(protocol: Protocol, folder: Path) -> Iterator[Case]:
         if stored.exists():
             data = load(cell.data, cell.size)
             network = build(cell.network, data, protocol.width)
-            network.load_state_dict(torch.load(stored, weights_only=True))
+            network.load_state_dict(torch.load(stored, weights_only=True)["state"])
             inputs = data.test(INPUTS).inputs.double()
             yield f"{cell.network}, {cell.data}", 0.0, in_eval(network).double(), data, inputs
 

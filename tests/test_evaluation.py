@@ -125,6 +125,21 @@ def test_laws():
     assert measures.amplification("logit", places, logit).item() == 0.25
 
 
+def test_sensitivity_is_the_largest_relative_change():
+    x = torch.full((4, 3, 2, 2), 0.5)
+
+    def plain(radius, samples):  # the map is the input: its change is the noise
+        return measures.sensitivity(lambda x, _: x, x, torch.zeros(4).long(), radius, samples)
+
+    one, many = plain(0.02, 1), plain(0.02, 20)
+    bound = 0.02 / 0.5  # were all the noise as large as it may be
+    assert ((one > 0) & (one < bound)).all()
+    assert (many <= bound).all()
+    assert (many > bound / 3**0.5).all()  # the root mean square of uniform noise, exceeded
+    constant = measures.sensitivity(lambda x, _: x * 0 + 1, x, torch.zeros(4).long(), 0.1, 3)
+    assert constant.tolist() == [0.0] * 4
+
+
 def test_randomised_leaves_the_first_layers():
     network = networks.dense(6, 3)
     half = measures.randomised(network, 0.5, 0)
