@@ -302,7 +302,7 @@ def conservation(cells: dict[tuple[str, str], list[Record]]) -> str:
     note = (
         f"Largest difference from the same measure in Quantus, on ten samples a cell: {agreement}."
     )
-    return table(head, rows) + (f"\n\n{note}" if quantus else "")
+    return f"{table(head, rows)}\n\n{note}"
 
 
 def robustness(rows: list[Record], images: Path) -> str:
