@@ -271,8 +271,6 @@ def law_error(law: str, places: Tensor, logit: Tensor, start: Tensor) -> Tensor 
     total, mass = places.double().sum(1), places.double().abs().sum(1)
     if law == "mass":
         return (mass - 1).clamp(min=0)
-    if law == "unit":
-        return (total - 1).abs()
     if law == "logit":
         return (total - logit).abs() / logit.abs()
     if law == "rise":

@@ -38,7 +38,7 @@ class Method:
 
     build: Callable[[nn.Module, Data, Protocol], Explain]
     source: str
-    law: str = ""  # "mass": Σ|R| ≤ 1; "unit": ΣR = 1; "logit": ΣR = f(x); "rise": f(x) − f(0)
+    law: str = ""  # "mass": Σ|R| ≤ 1; "logit": ΣR = f(x); "rise": f(x) − f(0)
     convolutions_only: bool = False  # in a dense network it is another one of these methods
 
 
@@ -160,8 +160,10 @@ def zennit(composite: str) -> Callable[[nn.Module, Data, Protocol], Explain]:
 
         def explain(x: Tensor, target: Tensor | int) -> Tensor:
             def start(output: Tensor) -> Tensor:
+                # From the logit, as Captum does: from 1, ε would turn the map's sign around
+                # wherever the logit is negative.
                 wanted = torch.as_tensor(target, device=output.device).expand(len(output))
-                return F.one_hot(wanted, output.shape[1]).to(output)
+                return output * F.one_hot(wanted, output.shape[1])
 
             return method(x.requires_grad_(), start)[1]
 
@@ -173,13 +175,13 @@ def zennit(composite: str) -> Callable[[nn.Module, Data, Protocol], Explain]:
 METHODS: dict[str, Method] = {
     OURS: Method(relative_lrp, "this package", "mass"),
     "Captum LRP": Method(captum_lrp, "captum LRP, its default ε rule", "logit"),
-    "zennit ε": Method(zennit("Epsilon"), "zennit Epsilon in every layer", "unit"),
-    "EpsilonPlus": Method(zennit("EpsilonPlus"), "zennit EpsilonPlus", "unit", True),
-    "EpsilonGammaBox": Method(zennit("EpsilonGammaBox"), "zennit EpsilonGammaBox", "unit", True),
+    "zennit ε": Method(zennit("Epsilon"), "zennit Epsilon in every layer", "logit"),
+    "EpsilonPlus": Method(zennit("EpsilonPlus"), "zennit EpsilonPlus", "logit", True),
+    "EpsilonGammaBox": Method(zennit("EpsilonGammaBox"), "zennit EpsilonGammaBox", "logit", True),
     "α2β1": Method(
         zennit("EpsilonAlpha2Beta1"),
         "zennit EpsilonAlpha2Beta1; AlphaBeta(2, 1) in every layer of dense networks",
-        "unit",
+        "logit",
     ),
     "gradient": Method(gradient, "captum Saliency"),
     "input×gradient": Method(input_x_gradient, "captum InputXGradient"),

@@ -30,7 +30,6 @@ DATA = {"digits": "digits", "breast_cancer": "breast cancer", "shapes": "shapes"
         "cutouts": "cut-outs", "pictures": "own pictures"}  # fmt: skip
 LAWS = {
     "mass": "Σ\\|R\\| ≤ 1",
-    "unit": "ΣR = 1",
     "logit": "ΣR = f(x)",
     "rise": "ΣR = f(x) − f(0)",
     "": "none",
@@ -300,6 +299,8 @@ def conservation(cells: dict[tuple[str, str], list[Record]]) -> str:
             quantus[name] = max(quantus.get(name, 0.0), value)
     agreement = ", ".join(f"{MEASURES[n].title} {v:.1g}" for n, v in quantus.items())
     note = (
+        "Milliseconds include the first call, for Relative LRP the capture of the network; what a "
+        "call costs is in [benchmarks.md](benchmarks.md). "
         f"Largest difference from the same measure in Quantus, on ten samples a cell: {agreement}."
     )
     return f"{table(head, rows)}\n\n{note}"

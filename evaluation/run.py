@@ -113,9 +113,11 @@ def measured(
                 raise
             lines = str(error).strip().splitlines() or [""]
             results[name] = {"error": f"{type(error).__name__}: {lines[0]}"}
-    if subject.seed == protocol.seeds[0] and OURS in methods:
-        kept = {"samples": subject.samples.first(protocol.gallery), "maps": maps}
-        torch.save(kept, f"{gallery}.maps")
+    if subject.seed == protocol.seeds[0]:
+        path = Path(f"{gallery}.maps")
+        if path.exists():
+            maps = torch.load(path, weights_only=False)["maps"] | maps
+        torch.save({"samples": subject.samples.first(protocol.gallery), "maps": maps}, path)
     return results
 
 

@@ -120,7 +120,7 @@ def test_laws():
     def error(law):
         return measures.law_error(law, places, logit, start).item()
 
-    assert [error(law) for law in ("mass", "unit", "logit", "rise")] == [0, 0.5, 0.75, 0.5]
+    assert [error(law) for law in ("mass", "logit", "rise")] == [0, 0.75, 0.5]
     assert measures.law_error("", places, logit, start) is None
     assert measures.amplification("logit", places, logit).item() == 0.25
 
