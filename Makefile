@@ -65,7 +65,7 @@ $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
 	touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-bench: $(VENV)/.installed
-	$(PIP) zennit quantus
+	$(PIP) zennit quantus scikit-image scipy
 	touch $@
 
 clean:

@@ -1,1 +1,4 @@
-"""How good the explanations are: data, networks, methods, measures, and what they report."""
+"""How good are the explanations? Relative LRP against other methods; see docs/evaluation.md.
+
+``protocol.py`` fixes what is compared before anything is run; ``scripts/evaluate.py`` runs it.
+"""
