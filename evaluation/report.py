@@ -102,13 +102,11 @@ def bold(method: str) -> str:
 
 def circumstances(protocol: Protocol, run: Record, busy: float) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items())
-    seconds = run.get("seconds")
     return "\n".join(
         [
             f"* The {protocol.name} protocol; seeds {', '.join(map(str, protocol.seeds))}",
             f"* Command: `{run.get('command', '')}`, {run.get('date', '')}; "
-            + (f"{seconds / 60:.0f} minutes by the clock, " if seconds else "")
-            + f"{busy / 60:.0f} minutes of processor time on all cores together",
+            + f"{busy / 60:.0f} minutes of processor time on all cores together, training included",
             f"* Machine: {run.get('machine', '')}",
             f"* Versions: {versions}",
             f"* Hidden layers of VGG and ResNet50: {protocol.width:g} times torchvision's width",
