@@ -244,7 +244,7 @@ def gallery(stored: Path, title: str, classes: Sequence[str], path: Path) -> Non
             fontsize=8,
             fontweight="bold" if name == OURS else "normal",
         )
-    save(figure, path, 96)
+    save(figure, path, 64)
 
 
 # --- robustness ---------------------------------------------------------------------------------

@@ -102,13 +102,11 @@ def bold(method: str) -> str:
 
 def circumstances(protocol: Protocol, run: Record, busy: float) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items())
-    seconds = run.get("seconds")
     return "\n".join(
         [
             f"* The {protocol.name} protocol; seeds {', '.join(map(str, protocol.seeds))}",
             f"* Command: `{run.get('command', '')}`, {run.get('date', '')}; "
-            + (f"{seconds / 60:.0f} minutes by the clock, " if seconds else "")
-            + f"{busy / 60:.0f} minutes of processor time on all cores together",
+            + f"{busy / 60:.0f} minutes of processor time on all cores together, training included",
             f"* Machine: {run.get('machine', '')}",
             f"* Versions: {versions}",
             f"* Hidden layers of VGG and ResNet50: {protocol.width:g} times torchvision's width",
@@ -218,7 +216,10 @@ def accuracies(cells: dict[tuple[str, str], list[Record]]) -> str:
         "explained",
         "training, s",
     ]
-    return table(head, rows)
+    text = table(head, rows)
+    if any(" –" in row[-1] or row[-1].startswith("–") for row in rows):
+        text += "\n\n–: trained in an earlier run; not part of the processor time above."
+    return text
 
 
 def cell_section(cell: tuple[str, str], columns: figures.Table, records: list[Record]) -> str:
@@ -320,6 +321,9 @@ def robustness(rows: list[Record], images: Path) -> str:
         ("change", "Relative change of the map under a 1e-6 change of the input, the worst:"),
         ("nonfinite", "Share of maps that hold NaN or infinity:"),
     ):
+        if key == "nonfinite" and not any(sum(filter(None, r.get(key, ()))) for r in rows):
+            parts.append("No map of any method holds NaN or infinity.")
+            continue
         lines = []
         for method in METHODS:
             cells = []
