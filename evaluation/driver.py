@@ -53,6 +53,8 @@ def evaluate(protocol: Protocol, folder: Path, only: str | None, jobs: int, devi
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         waiting = [pool.submit(work, c, s, protocol, folder, device) for c, s in tasks]
         for done in tqdm(as_completed(waiting), total=len(waiting), desc="networks"):
+            if done.exception():
+                pool.shutdown(cancel_futures=True)  # say so now, not after all the others
             done.result()
         if only is None:
             print("robustness …")

@@ -53,13 +53,14 @@ def tidy(axis: Axes) -> None:
     axis.tick_params(labelsize=8)
 
 
-def save(figure: Any, path: Path, colors: int = 255) -> None:
-    """As a PNG with few colours, which is several times smaller and looks the same."""
+def save(figure: Any, path: Path, dpi: int = 100) -> None:
+    """As a PNG of 256 colours, spread so that a thin line's colour is kept like a wide area's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=100)
+    figure.savefig(drawn, dpi=dpi)
     plt.close(figure)
-    Image.open(drawn).convert("RGB").quantize(colors).save(path, optimize=True)
+    picture = Image.open(drawn).convert("RGB")
+    picture.quantize(256, Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
 
 
 # --- overview -----------------------------------------------------------------------------------
@@ -244,7 +245,7 @@ def gallery(stored: Path, title: str, classes: Sequence[str], path: Path) -> Non
             fontsize=8,
             fontweight="bold" if name == OURS else "normal",
         )
-    save(figure, path, 64)
+    save(figure, path, dpi=90)
 
 
 # --- robustness ---------------------------------------------------------------------------------
