@@ -113,36 +113,17 @@ def test_elementwise(benchmark, kernel, name, side, dtype, layout):
 @pytest.mark.parametrize("side", ["aten", "compiled"])
 @pytest.mark.parametrize("name", MAX_POOLS)
 def test_max_pool(benchmark, name, side, dtype, layout):
+    """The model's forward, and the relevance of its maxima."""
     shape, window = MAX_POOLS[name]
     x = make(shape, dtype, layout)
     r = torch.randn_like(torch.nn.functional.max_pool2d(x, *window))
-    run = {
-        "aten": lambda: plain_max_pool(x, r, *window),
-        "compiled": lambda: compiled.max_pool(x, r, *window),
-    }[side]
+
+    def there_and_back():
+        _, winners = compiled.max_pool(x, *window)
+        return compiled.max_unpool(r, winners, x.shape, *window)
+
+    run = {"aten": lambda: plain_max_pool(x, r, *window), "compiled": there_and_back}[side]
     measure(benchmark, f"max_pool {name} {dtype} {layout}", run)
-
-
-@pytest.mark.parametrize("side", ["aten", "compiled"])
-@pytest.mark.parametrize("name", MAX_POOLS)
-def test_max_pool_with_its_forward(benchmark, name, side, dtype, layout):
-    """The model's own forward included: on the CPU it works the indices out on both sides.
-
-    ATen's side keeps them for its backward pass, ours drops them and finds the winners again.
-    """
-    shape, window = MAX_POOLS[name]
-    x = make(shape, dtype, layout)
-    r = torch.randn_like(torch.nn.functional.max_pool2d(x, *window))
-
-    def forward_and_relevance():
-        torch.nn.functional.max_pool2d(x, *window)
-        return compiled.max_pool(x, r, *window)
-
-    run = {
-        "aten": lambda: plain_max_pool(x, r, *window),
-        "compiled": forward_and_relevance,
-    }[side]
-    measure(benchmark, f"max_pool with its forward {name} {dtype} {layout}", run)
 
 
 @pytest.mark.parametrize("side", ["aten", "compiled"])

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .capture import CapturedGraph, reads_values
+from .kernels.reference import accumulation_dtype
 from .layout import memory_format
 from .rules import Call, LinearRule
 from .rules.convolution import Convolution
@@ -77,17 +78,22 @@ class FusedConvolution:
             nodes += [n for n in self.norm.nodes() if n is not self.conv.node]
         return tuple(nodes)
 
-    def fold(self, run: Run) -> tuple[Tensor, Tensor | None]:
+    def fold(self, run: Run) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The convolution's parameters with the batch norm folded in.
 
-        Folded weights are laid out as the convolutions of either direction want them.
+        Returns:
+            The weight, laid out as the convolutions of either direction want it; the bias; and each
+            filter's ``Σ |w|``, if it is known.
         """
         weight: Tensor = run.value(self.conv.args["weight"])
         bias: Tensor | None = run.value(self.conv.args["bias"])
         like = run.like(self.conv.args["input"])
         folded = torch.empty_like(weight, memory_format=like.memory_format)
         if self.norm is None:
-            return folded.copy_(weight) if folded.stride() != weight.stride() else weight, bias
+            if folded.stride() == weight.stride():
+                return weight, bias, None
+            _, mass = run.kernels.accumulate([(weight, None)], out=folded)
+            return folded, bias, mass
         args = self.norm.args
         scale = self.scale(run, 2).view(-1)
         shift = run.value(args["running_mean"]) * scale
@@ -95,8 +101,9 @@ class FusedConvolution:
             shift = shift - bias * scale
         offset: Tensor | None = run.value(args["bias"])
         shift = -shift if offset is None else offset - shift
-        torch.mul(weight, scale.view([-1] + [1] * (weight.dim() - 1)), out=folded)
-        return folded, shift
+        factor = scale.to(accumulation_dtype(weight.dtype))
+        _, mass = run.kernels.accumulate([(weight, factor)], out=folded)
+        return folded, shift, mass
 
     def scale(self, run: Run, dims: int) -> Tensor:
         """What the batch norm multiplies each channel by."""
@@ -106,14 +113,20 @@ class FusedConvolution:
     def __call__(self, run: Run) -> Tensor:
         x: Tensor = run.value(self.conv.args["input"])
         other: Tensor | None = run.value(self.other)
-        weight, bias = self.fold(run)
-        y = self._convolve(run, x, other, weight, bias)
+        weight, bias, mass = self.fold(run)
+        y = self._convolve(run, x, other, weight, bias, mass)
         if self.norm is not None and weight.numel() <= y.numel():
             run.scratch[self] = weight  # for the way back; otherwise scaling g there is cheaper
         return y
 
     def _convolve(
-        self, run: Run, x: Tensor, other: Tensor | None, weight: Tensor, bias: Tensor | None
+        self,
+        run: Run,
+        x: Tensor,
+        other: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        mass: Tensor | None,
     ) -> Tensor:
         args = self.conv.args
         if _onednn_covers(x, weight) and not isinstance(args["padding"], str):
@@ -122,9 +135,8 @@ class FusedConvolution:
                 if self.activation is not None:  # oneDNN's hide even a NaN
                     source = self.conv.args["input"]
                     shrinks = _packet(self.activation.node) in _SHRINKING
-                    run.watch_convolution(
-                        source, weight, bias, self.other, self.node if shrinks else None, fused
-                    )
+                    result = self.node if shrinks else None
+                    run.watch_convolution(source, weight, mass, bias, self.other, result, fused)
                 return fused
         y: Tensor = self.conv.target(
             x, weight, bias, args["stride"], args["padding"], args["dilation"], args["groups"]
@@ -184,7 +196,41 @@ class InPlace:
         return self.activate(run.value(self.call.active[0]))
 
 
-Instruction = FusedConvolution | InPlace
+@dataclass(frozen=True, eq=False)
+class WinnersPool:
+    """Max pooling that leaves the winners for the way back, so that its input is not kept."""
+
+    node: Node
+    call: Call
+    rule: MaxPool
+    covers: tuple[Node, ...]
+
+    @property
+    def reads(self) -> tuple[Node, ...]:
+        """The values it is computed from."""
+        return tuple(self.call.nodes())
+
+    def __call__(self, run: Run) -> Tensor:
+        y, run.scratch[self] = self.rule.pool(run, self.call)
+        return y
+
+
+Instruction = FusedConvolution | InPlace | WinnersPool
+
+
+class RememberedMaxPool(MaxPool):
+    """Max pooling whose winners the forward left."""
+
+    def __init__(self, instruction: WinnersPool) -> None:
+        super().__init__(instruction.rule.axes, instruction.rule.adaptive)
+        self.instruction = instruction
+
+    def needs(self, call: Call) -> tuple[Node, ...]:
+        return ()
+
+    def winners(self, run: Run, call: Call) -> Tensor:
+        winners: Tensor = run.scratch.pop(self.instruction)
+        return winners
 
 
 class FoldedConvolution(Convolution):
@@ -286,6 +332,11 @@ def fuse(
                 if isinstance(skip, Single) and type(skip.rule) is Sum:
                     restored = RestoredSum(end, made.other, made.node)
                     steps[skip] = replace(skip, rule=restored)
+    for step in plan.steps:
+        if isinstance(step, Single) and type(step.rule) is MaxPool and step.call.item is None:
+            pool = WinnersPool(step.output, step.call, step.rule, (step.output,))
+            instructions[step.output] = pool
+            steps[step] = replace(step, rule=RememberedMaxPool(pool))
     new_steps = tuple(steps.get(step, step) for step in plan.steps)
     kept = frozenset(n for step in new_steps for n in step.needs) | (plan.kept & set(wanted))
     covered = {n for made in folded.values() for n in made.covers}

@@ -247,7 +247,11 @@ class Run:
             return terms[0]
         layout = self.layout(node)
         views = [(layout.samples_first(t.values, self.batch), t.factor) for t in terms]
-        values, mass = self.kernels.accumulate(views)
+        # Fresh memory costs more than the sum: it is written over a term that nobody else reads.
+        first = views[0][0]
+        ours = (v for (v, _), t in zip(views, terms, strict=True) if t.owned)
+        out = next((v for v in ours if same_layout(first, v)), None)
+        values, mass = self.kernels.accumulate(views, out=out)
         self._masses.append(mass)
         return Relevance(layout.restore(values, self.like(node).shape), None, mass, owned=True)
 
@@ -404,6 +408,7 @@ class Run:
         self,
         source: Node,
         weight: Tensor,
+        mass: Tensor | None,
         bias: Tensor | None,
         other: Node | None,
         result: Node | None,
@@ -412,9 +417,10 @@ class Run:
         """The same for a convolution with a ReLU, whose operand was never stored: by bounds.
 
         By Cauchy and Schwarz |Σ w x|² ≤ Σw² Σx², and Σx² of the next convolution's input follows
-        from this one's: few images need a pass of their own.
+        from this one's: few images need a pass of their own. Each filter's Σw² is at most (Σ|w|)²,
+        which is `mass` squared.
         """
-        of_weight = _energy(weight)
+        of_weight = _energy(weight if mass is None else mass)
         of_bias = 0.0 if bias is None else _energy(bias)
         known = self._energies.get(source, math.inf)
         if not known * of_weight < _LARGE:

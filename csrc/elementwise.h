@@ -87,7 +87,17 @@ struct Elementwise {
   static Pair accumulate(const Tensor& t, const Factor& t_factor, const Factor& u,
                          const Factor& u_factor) {
     check_terms("accumulate", t, t_factor, u, u_factor);
-    return (u ? add<true> : add<false>)(t, packed(t_factor), u, packed(u_factor));
+    Tensor r = torch::stable::empty_like(t);
+    return {r, sum(r, t, t_factor, u, u_factor)};
+  }
+
+  // Writes to r, in whatever layout it has.
+  static Tensor accumulate_(const Tensor& r, const Tensor& t, const Factor& t_factor, const Factor& u,
+                            const Factor& u_factor) {
+    check_terms("accumulate_", t, t_factor, u, u_factor);
+    check_like("accumulate_", "r", r, "t", t);
+    check_writable("accumulate_", "r", r);
+    return sum(r, t, t_factor, u, u_factor);
   }
 
   static Quadruple split(const Tensor& a, const Tensor& b, const Tensor& t, const Factor& t_factor,
@@ -121,15 +131,21 @@ struct Elementwise {
     return s;
   }
 
+  static Tensor sum(const Tensor& r, const Tensor& t, const Factor& t_factor, const Factor& u,
+                    const Factor& u_factor) {
+    return (u ? add<true> : add<false>)(r, t, packed(t_factor), u, packed(u_factor));
+  }
+
   template <bool kTwo>
-  static Pair add(const Tensor& t, const Factor& t_factor, const Factor& u, const Factor& u_factor) {
-    Tensor r = torch::stable::empty_like(t), s = new_masses(t);
+  static Tensor add(const Tensor& r, const Tensor& t, const Factor& t_factor, const Factor& u,
+                    const Factor& u_factor) {
+    Tensor s = new_masses(t);
     dispatch(t.scalar_type(), "accumulate", [&](auto zero) {
       using T = decltype(zero);
       Device::template accumulate<T, kTwo>(layout_of(r, t, kTwo ? *u : t), s, result_of<T>(r),
                                            Given<T, kTwo>(t, t_factor, u, u_factor));
     });
-    return {r, s};
+    return s;
   }
 
   static void check_split(const char* op, const Tensor& a, const Tensor& b, const Tensor& t,

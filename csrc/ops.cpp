@@ -9,17 +9,26 @@ STABLE_TORCH_LIBRARY(captum_rlrp, m) {
   m.def("product_(Tensor x, Tensor(a!) g, Tensor? factor) -> Tensor");
   m.def("accumulate(Tensor t, Tensor? t_factor, Tensor? u, Tensor? u_factor) -> (Tensor, Tensor)");
   m.def(
+      "accumulate_(Tensor(a!) r, Tensor t, Tensor? t_factor, Tensor? u, Tensor? u_factor) -> Tensor");
+  m.def(
       "split(Tensor a, Tensor b, Tensor t, Tensor? t_factor, Tensor? u, Tensor? u_factor, "
       "bool from_sum) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "split_(Tensor(a!) a, Tensor b, Tensor(b!) t, Tensor? t_factor, Tensor? u, Tensor? u_factor, "
       "bool from_sum) -> (Tensor, Tensor)");
   m.def(
-      "max_pool(Tensor x, Tensor r, int[] kernel, int[] stride, int[] padding, int[] dilation, "
-      "bool ceil_mode) -> Tensor");
-  m.def("adaptive_max_pool(Tensor x, Tensor r) -> Tensor");
+      "max_pool(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil_mode) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "max_unpool(Tensor r, Tensor winners, int[] input_shape, int[] kernel, int[] stride, "
+      "int[] padding, int[] dilation, bool ceil_mode) -> Tensor");
+  m.def("adaptive_max_pool(Tensor x, int[] output_size) -> (Tensor, Tensor)");
+  m.def("adaptive_max_unpool(Tensor r, Tensor winners, int[] input_shape) -> Tensor");
   m.def(
       "avg_pool(Tensor r, int[] input_shape, int[] kernel, int[] stride, int[] padding, "
       "bool ceil_mode, bool count_include_pad, int? divisor_override) -> Tensor");
   m.def("adaptive_avg_pool(Tensor r, int[] input_shape) -> Tensor");
+  m.def(
+      "conv_few(Tensor g, Tensor weight, int[] input_shape, int[] stride, int[] padding, "
+      "int[] dilation) -> Tensor");
 }

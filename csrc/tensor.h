@@ -155,9 +155,10 @@ inline Tensor dense(const Tensor& t, bool channels_last) {
   return torch::stable::contiguous(t, format_of(t, channels_last));
 }
 
-// An uninitialised image of the dtype and device of t.
-inline Tensor new_image(const Tensor& t, const Ints& shape, bool channels_last) {
-  return torch::stable::empty(shape, t.scalar_type(), std::nullopt, t.device(), std::nullopt,
+// An uninitialised image on the device of t, and of its dtype unless another is named.
+inline Tensor new_image(const Tensor& t, const Ints& shape, bool channels_last,
+                        std::optional<ScalarType> dtype = std::nullopt) {
+  return torch::stable::empty(shape, dtype.value_or(t.scalar_type()), std::nullopt, t.device(), std::nullopt,
                               format_of(t, channels_last));
 }
 

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Sequence
 from math import prod
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ __all__ = [
     "accumulate",
     "adaptive_avg_pool",
     "adaptive_max_pool",
+    "adaptive_max_unpool",
     "available",
     "avg_pool",
     "build_info",
@@ -34,6 +36,7 @@ __all__ = [
     "load_error",
     "mass",
     "max_pool",
+    "max_unpool",
     "product",
     "split",
 ]
@@ -110,11 +113,13 @@ def product(
     return q, s
 
 
-def accumulate(terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
+def accumulate(terms: Sequence[Term], *, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See :func:`captum_rlrp.kernels.reference.accumulate`."""
     short = _at_most_two(terms)
     if short is None:
-        return reference.accumulate(terms)
+        return reference.accumulate(terms, out=out)
+    if out is not None:
+        return out, ops.accumulate_(out, *short)
     r, s = ops.accumulate(*short)
     return r, s
 
@@ -155,27 +160,59 @@ def _at_most_two(terms: Sequence[Term]) -> _Short | None:
 
 def max_pool(
     x: Tensor,
+    kernel: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    dilation: Ints = 1,
+    ceil_mode: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`captum_rlrp.kernels.reference.max_pool`; winners are numbered in their window."""
+    if not _covers(x):
+        return reference.max_pool(x, kernel, stride, padding, dilation, ceil_mode)
+    y, winners = ops.max_pool(
+        x, *_window(x.dim() - 2, kernel, stride, padding, dilation), ceil_mode
+    )
+    return y, winners
+
+
+def max_unpool(
     r: Tensor,
+    winners: Tensor,
+    input_shape: Sequence[int],
     kernel: Ints,
     stride: Ints | None = None,
     padding: Ints = 0,
     dilation: Ints = 1,
     ceil_mode: bool = False,
 ) -> Tensor:
-    """See :func:`captum_rlrp.kernels.reference.max_pool`."""
-    if not _covers(x, r):
-        return reference.max_pool(x, r, kernel, stride, padding, dilation, ceil_mode)
-    window = [reference.ints(v, x.dim() - 2) for v in (kernel, stride or kernel, padding, dilation)]
-    result: Tensor = ops.max_pool(x, r, *window, ceil_mode)
+    """See :func:`captum_rlrp.kernels.reference.max_unpool`."""
+    if winners.dtype == torch.int64:  # what the reference returns
+        return reference.max_unpool(r, winners, input_shape, kernel)
+    window = _window(r.dim() - 2, kernel, stride, padding, dilation)
+    result: Tensor = ops.max_unpool(r, winners, list(input_shape), *window, ceil_mode)
     return result
 
 
-def adaptive_max_pool(x: Tensor, r: Tensor, output_size: Ints) -> Tensor:
+def adaptive_max_pool(x: Tensor, output_size: Ints) -> tuple[Tensor, Tensor]:
     """See :func:`captum_rlrp.kernels.reference.adaptive_max_pool`."""
-    if not _covers(x, r):
-        return reference.adaptive_max_pool(x, r, output_size)
-    result: Tensor = ops.adaptive_max_pool(x, r)
+    if not _covers(x):
+        return reference.adaptive_max_pool(x, output_size)
+    y, winners = ops.adaptive_max_pool(x, reference.ints(output_size, x.dim() - 2))
+    return y, winners
+
+
+def adaptive_max_unpool(r: Tensor, winners: Tensor, input_shape: Sequence[int]) -> Tensor:
+    """See :func:`captum_rlrp.kernels.reference.adaptive_max_unpool`."""
+    if winners.dtype == torch.int64:
+        return reference.adaptive_max_unpool(r, winners, input_shape)
+    result: Tensor = ops.adaptive_max_unpool(r, winners, list(input_shape))
     return result
+
+
+def _window(
+    rank: int, kernel: Ints, stride: Ints | None, padding: Ints, dilation: Ints
+) -> list[list[int]]:
+    return [reference.ints(v, rank) for v in (kernel, stride or kernel, padding, dilation)]
 
 
 def avg_pool(
@@ -209,7 +246,7 @@ def adaptive_avg_pool(r: Tensor, input_shape: Sequence[int]) -> Tensor:
     return result
 
 
-# ---- dense and convolution: ATen's, but where a matrix product is faster -----------------------
+# ---- dense and convolution: ATen's, but where it is slow ---------------------------------------
 
 
 def conv(
@@ -224,16 +261,23 @@ def conv(
     groups: int = 1,
 ) -> Tensor:
     """See :func:`captum_rlrp.kernels.reference.conv`."""
-    few_channels = (
+    few_channels = (  # oneDNN's input gradient is poor at a handful of them
         g.device.type == "cpu"
         and g.dtype == weight.dtype == torch.float32
         and len(input_shape) == 4
         and input_shape[1] <= 4
-        and weight.shape[0] >= 16
+        and weight.shape[0] >= 8
         and groups == 1
         and not transposed
         and g.numel() > 0
     )
+    if few_channels:
+        window = [reference.ints(v, 2) for v in (stride, padding, dilation)]
+        overlapping = any(k > s for k, s in zip(weight.shape[2:], window[0], strict=True))
+        if overlapping and weight.shape[0] % 8 == 0:
+            image: Tensor = ops.conv_few(g, weight, list(input_shape), *window)
+            return image
+        return _conv_by_matmul(g, weight, input_shape, *window)
     pointwise = (
         g.device.type == "cpu"
         and g.dtype == weight.dtype == torch.float32
@@ -248,10 +292,19 @@ def conv(
         rows = g.permute(0, 2, 3, 1).flatten(0, 2) @ weight.flatten(1)
         n, _, height, width = g.shape
         return rows.view(n, height, width, -1).permute(0, 3, 1, 2)
-    if not few_channels:
-        options = (stride, padding, dilation, transposed, output_padding, groups)
-        return reference.conv(g, weight, input_shape, *options)
-    # One matrix product and a fold: oneDNN's input gradient is poor at a handful of channels.
+    options = (stride, padding, dilation, transposed, output_padding, groups)
+    return reference.conv(g, weight, input_shape, *options)
+
+
+def _conv_by_matmul(
+    g: Tensor,
+    weight: Tensor,
+    input_shape: Sequence[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    """One matrix product and a fold: best where an image is cut into patches."""
     n, channels = g.shape[:2]
     columns = torch.matmul(
         weight.reshape(channels, -1).t(),
@@ -260,9 +313,8 @@ def conv(
         if reference.memory_format(g) == torch.channels_last
         else g.reshape(n, channels, -1),
     )
-    window = [reference.ints(v, 2) for v in (dilation, padding, stride)]
     size, kernel = list(input_shape[2:]), list(weight.shape[2:])
-    folded: Tensor = torch.ops.aten.col2im(columns, size, kernel, *window)
+    folded: Tensor = torch.ops.aten.col2im(columns, size, kernel, dilation, padding, stride)
     return folded.contiguous(memory_format=reference.memory_format(g))
 
 
@@ -278,18 +330,37 @@ def _image(model: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty(shape, dtype=model.dtype, device=model.device, memory_format=layout)
 
 
+def _winners(y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return y, torch.empty_like(y, dtype=dtype)
+
+
+def _fake_max_pool(x: Tensor, kernel: list[int], *rest: Any) -> tuple[Tensor, Tensor]:
+    shape = reference.max_pool(x, kernel, *rest)[0].shape
+    return _winners(_image(x, shape), torch.uint8 if prod(kernel) <= 256 else torch.int32)
+
+
 def _register_fakes() -> None:
     fake = torch.library.register_fake
     fake("captum_rlrp::product")(lambda x, g, factor: (torch.empty_like(x), _masses(x)))
     fake("captum_rlrp::product_")(lambda x, g, factor: _masses(x))
     fake("captum_rlrp::accumulate")(lambda t, *_: (torch.empty_like(t), _masses(t)))
+    fake("captum_rlrp::accumulate_")(lambda r, t, *_: _masses(t))
     fake("captum_rlrp::split")(
         lambda a, b, t, *_: (torch.empty_like(t), _masses(t), torch.empty_like(t), _masses(t))
     )
     fake("captum_rlrp::split_")(lambda a, b, t, *_: (_masses(t), _masses(t)))
-    fake("captum_rlrp::max_pool")(lambda x, r, *_: _image(x, x.shape))
-    fake("captum_rlrp::adaptive_max_pool")(lambda x, r: _image(x, x.shape))
+    fake("captum_rlrp::max_pool")(_fake_max_pool)
+    fake("captum_rlrp::max_unpool")(lambda r, winners, shape, *_: _image(r, shape))
+    fake("captum_rlrp::adaptive_max_pool")(
+        lambda x, size: _winners(_image(x, (*x.shape[:2], *size)), torch.int32)
+    )
+    fake("captum_rlrp::adaptive_max_unpool")(lambda r, winners, shape: _image(r, shape))
     fake("captum_rlrp::avg_pool")(lambda r, shape, *_: _image(r, shape))
+    fake("captum_rlrp::conv_few")(
+        lambda g, weight, shape, *_: torch.empty(
+            shape, dtype=g.dtype, device=g.device, memory_format=torch.channels_last
+        )
+    )
     fake("captum_rlrp::adaptive_avg_pool")(lambda r, shape: _image(r, shape))
 
 

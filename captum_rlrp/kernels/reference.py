@@ -13,6 +13,7 @@ Conventions shared by all kernels:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -59,9 +60,16 @@ def product(
     return q, mass(q)
 
 
-def accumulate(terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
-    """``r = Σ_i factor_i · t_i`` and its mass; r has dtype and memory format of the first t."""
+def accumulate(terms: Sequence[Term], *, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``r = Σ_i factor_i · t_i`` and its mass; r has dtype and memory format of the first t.
+
+    Args:
+        terms: The pairs (t, factor).
+        out: Where r is written instead, in its own layout.
+    """
     r = _like(terms[0][0], _total(terms))
+    if out is not None:
+        r = out.copy_(r)
     return r, mass(r)
 
 
@@ -106,18 +114,16 @@ def split(
 
 def max_pool(
     x: Tensor,
-    r: Tensor,
     kernel: Ints,
     stride: Ints | None = None,
     padding: Ints = 0,
     dilation: Ints = 1,
     ceil_mode: bool = False,
-) -> Tensor:
-    """Give the whole relevance of each output to the element of x that was its maximum.
+) -> tuple[Tensor, Tensor]:
+    """Max pooling, and which element of each window was the maximum: the first in a tie.
 
     Args:
         x: Pooling input ``(N, C, *spatial)`` with 1 to 3 spatial axes.
-        r: Relevance at the pooling output.
         kernel: Window, as in :func:`torch.nn.functional.max_pool2d`; so are the following.
         stride: Step of the window; None is the window itself.
         padding: Implicit minus infinity on both sides.
@@ -125,19 +131,53 @@ def max_pool(
         ceil_mode: Keep the last, incomplete window.
 
     Returns:
-        Relevance at x, in the memory format of x and the dtype of r; it adds up where windows
-        overlap.
+        The maxima, and the winners for :func:`max_unpool` of the same backend, integers that mean
+        nothing elsewhere; both of the same shape.
     """
     pool: Any = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[x.dim() - 3]
-    _, winner = pool(x, kernel, stride or kernel, padding, dilation, ceil_mode, True)
-    return _to_winners(x, r, winner)
+    y, winners = pool(x, kernel, stride or kernel, padding, dilation, ceil_mode, True)
+    return y, winners
 
 
-def adaptive_max_pool(x: Tensor, r: Tensor, output_size: Ints) -> Tensor:
+def max_unpool(
+    r: Tensor,
+    winners: Tensor,
+    input_shape: Sequence[int],
+    kernel: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    dilation: Ints = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """Give the whole relevance of each output to the element that was its maximum.
+
+    Args:
+        r: Relevance at the pooling output.
+        winners: From :func:`max_pool`.
+        input_shape: Shape of its input.
+        kernel: As there; so are the following.
+        stride: Step of the window.
+        padding: Implicit minus infinity.
+        dilation: Spacing of the window's elements.
+        ceil_mode: Keep the last, incomplete window.
+
+    Returns:
+        Relevance at the input, in the memory format and dtype of r; it adds up where windows
+        overlap.
+    """
+    return _to_winners(r, winners, input_shape)
+
+
+def adaptive_max_pool(x: Tensor, output_size: Ints) -> tuple[Tensor, Tensor]:
     """As :func:`max_pool`, for adaptive max pooling to ``output_size``."""
     pool: Any = (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)[x.dim() - 3]
-    _, winner = pool(x, output_size, return_indices=True)
-    return _to_winners(x, r, winner)
+    y, winners = pool(x, output_size, return_indices=True)
+    return y, winners
+
+
+def adaptive_max_unpool(r: Tensor, winners: Tensor, input_shape: Sequence[int]) -> Tensor:
+    """As :func:`max_unpool`, for :func:`adaptive_max_pool`."""
+    return _to_winners(r, winners, input_shape)
 
 
 def avg_pool(
@@ -281,12 +321,14 @@ def _total(terms: Sequence[Term]) -> Tensor:
     return total.clone() if total is terms[0][0] else total
 
 
-def _to_winners(x: Tensor, r: Tensor, winner: Tensor) -> Tensor:
-    """Add each value of r to the element of x whose index within its channel is in ``winner``."""
-    flat = r.new_zeros((*x.shape[:2], x[0, 0].numel()) if x.numel() else (*x.shape[:2], 0))
-    flat = flat.to(accumulation_dtype(r.dtype))
-    flat.scatter_add_(2, winner.flatten(2), r.flatten(2).to(flat.dtype))
-    return _like(torch.empty_like(x, dtype=r.dtype), flat.view(x.shape))
+def _to_winners(r: Tensor, winners: Tensor, shape: Sequence[int]) -> Tensor:
+    """Add each value of r to the element whose index within its channel is in ``winners``."""
+    flat = r.new_zeros((*shape[:2], prod(shape[2:])), dtype=accumulation_dtype(r.dtype))
+    flat.scatter_add_(2, winners.flatten(2), r.flatten(2).to(flat.dtype))
+    result = torch.empty(
+        tuple(shape), dtype=r.dtype, device=r.device, memory_format=memory_format(r)
+    )
+    return result.copy_(flat.view(result.shape))
 
 
 def _spread(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -108,24 +107,41 @@ class MaxPool(Pooling, Rule):
     def needs(self, call: Call) -> tuple[Node, ...]:
         return call.active
 
-    def propagate(self, run: Run, call: Call, terms: list[Relevance]) -> list[list[Relevance]]:
+    def pool(self, run: Run, call: Call) -> tuple[Tensor, Tensor]:
+        """The maxima, and which elements they were."""
         x = run.value(call.active[0])
         whole = self.batched(x.shape)
-        if not whole:
-            x = x.unsqueeze(0)
-        back: Callable[[Tensor], Tensor]
-        if self.adaptive:
-            size = per_axis(call.args["output_size"], self.axes)
-            back = lambda r: run.kernels.adaptive_max_pool(x, r, size)  # noqa: E731
-        else:
-            dilation = per_axis(call.args["dilation"], self.axes)
-            arguments = (*self.window(call), dilation, call.args["ceil_mode"])
-            back = lambda r: run.kernels.max_pool(x, r, *arguments)  # noqa: E731
+        y, winners = self._kernel(run, call, "pool", x if whole else x.unsqueeze(0))
+        return y if whole else y.squeeze(0), winners
+
+    def winners(self, run: Run, call: Call) -> Tensor:
+        """Which elements were the maxima."""
+        return self.pool(run, call)[1]
+
+    def propagate(self, run: Run, call: Call, terms: list[Relevance]) -> list[list[Relevance]]:
+        shape = list(run.like(call.active[0]).shape)
+        whole = self.batched(shape)
         merged = run.merge(call.node, terms)
-        r = back(merged.values if whole else merged.values.unsqueeze(0))
+        r = self._kernel(
+            run,
+            call,
+            "unpool",
+            merged.values if whole else merged.values.unsqueeze(0),
+            self.winners(run, call),
+            shape if whole else [1, *shape],
+        )
         # Where windows overlap, relevances of opposite sign may meet in one element and cancel.
         mass = None if self._overlaps(call) else merged.mass
-        return [[Relevance(r if whole else r.squeeze(0), merged.factor, mass)]]
+        return [[Relevance(r if whole else r.squeeze(0), merged.factor, mass, owned=True)]]
+
+    def _kernel(self, run: Run, call: Call, name: str, *args: Any) -> Any:
+        """Runs max_pool or max_unpool, or what they are called where pooling is adaptive."""
+        if self.adaptive:
+            size = [per_axis(call.args["output_size"], self.axes)] if name == "pool" else []
+            return getattr(run.kernels, f"adaptive_max_{name}")(*args, *size)
+        dilation = per_axis(call.args["dilation"], self.axes)
+        window = (*self.window(call), dilation, call.args["ceil_mode"])
+        return getattr(run.kernels, f"max_{name}")(*args, *window)
 
     def _overlaps(self, call: Call) -> bool:
         if self.adaptive:

@@ -18,28 +18,70 @@ struct Pooling {
   RLRP_HD int64_t out_index(int64_t d, int64_t h, int64_t w) const {
     return (d * axis[1].out + h) * axis[2].out + w;
   }
+
+  // A number for each element of a window, counted along the axes from its first that is no padding.
+  RLRP_HD int64_t number(int64_t d, int64_t h, int64_t w) const {
+    return (d * axis[1].most_inputs() + h) * axis[2].most_inputs() + w;
+  }
+  RLRP_HD int64_t most_inputs() const {
+    return axis[0].most_inputs() * axis[1].most_inputs() * axis[2].most_inputs();
+  }
+  RLRP_HD int64_t most_outputs() const {
+    return axis[0].most_outputs() * axis[1].most_outputs() * axis[2].most_outputs();
+  }
 };
 
-// Position within the plane of the maximum that output (d, h, w) saw; the first one in a tie.
-// Elements of x lie `step` apart.
+template <class A>
+RLRP_HD bool beats(A value, A best) {
+  return (value > best) | (value != value);
+}
+
+// The maximum that output (d, h, w) sees and the number of its element in the window; the first one in
+// a tie. NaN wins. Elements of x lie `step` apart.
 template <class T>
-RLRP_HD int64_t winner(const Pooling& p, const T* x, int64_t step, int64_t d, int64_t h, int64_t w) {
+struct Winner {
+  T value;
+  int64_t number;
+};
+
+template <class T>
+RLRP_HD Winner<T> winner(const Pooling& p, const T* x, int64_t step, int64_t d, int64_t h, int64_t w) {
   const Span ds = p.axis[0].inputs(d), hs = p.axis[1].inputs(h), ws = p.axis[2].inputs(w);
-  int64_t at = p.in_index(ds.begin, hs.begin, ws.begin);
-  wide_t<T> best = widen(x[at * step]);
-  for (int64_t i = ds.begin; i < ds.end; i += p.axis[0].step()) {
-    for (int64_t j = hs.begin; j < hs.end; j += p.axis[1].step()) {
-      for (int64_t k = ws.begin; k < ws.end; k += p.axis[2].step()) {
-        const int64_t here = p.in_index(i, j, k);
-        const wide_t<T> value = widen(x[here * step]);
-        if (value > best) {
-          best = value;
-          at = here;
-        }
+  Winner<T> best{x[p.in_index(ds.begin, hs.begin, ws.begin) * step], 0};
+  int64_t a = 0;
+  for (int64_t i = ds.begin; i < ds.end; i += p.axis[0].step(), ++a) {
+    int64_t b = 0;
+    for (int64_t j = hs.begin; j < hs.end; j += p.axis[1].step(), ++b) {
+      int64_t number = p.number(a, b, 0);
+      for (int64_t k = ws.begin; k < ws.end; k += p.axis[2].step(), ++number) {
+        const T value = x[p.in_index(i, j, k) * step];
+        if (beats(widen(value), widen(best.value))) best = {value, number};
       }
     }
   }
-  return at;
+  return best;
+}
+
+// What the element at (d, h, w) receives from max pooling: the relevance r of the outputs whose winner it
+// is. Neighbours in `winners` and r lie `step` apart.
+template <class T, class N>
+RLRP_HD wide_t<T> won(const Pooling& p, const N* winners, const T* r, int64_t step, int64_t d, int64_t h,
+                      int64_t w) {
+  const Span ds = p.axis[0].outputs(d), hs = p.axis[1].outputs(h), ws = p.axis[2].outputs(w);
+  wide_t<T> sum = 0;
+  for (int64_t i = ds.begin; i < ds.end; ++i) {
+    if (!p.axis[0].sees(i, d)) continue;
+    for (int64_t j = hs.begin; j < hs.end; ++j) {
+      if (!p.axis[1].sees(j, h)) continue;
+      const int64_t plane = p.number(p.axis[0].number(i, d), p.axis[1].number(j, h), 0);
+      for (int64_t k = ws.begin; k < ws.end; ++k) {
+        if (!p.axis[2].sees(k, w)) continue;
+        const int64_t at = p.out_index(i, j, k) * step;
+        if (static_cast<int64_t>(winners[at]) == plane + p.axis[2].number(k, w)) sum += widen(r[at]);
+      }
+    }
+  }
+  return sum;
 }
 
 // How average pooling weighs an output along one axis; the three axes' weights are multiplied.
@@ -54,26 +96,6 @@ struct AverageRule {
     return span.end - span.begin;
   }
 };
-
-// What the element at (d, h, w) receives from max pooling. Neighbours in x and r lie `step` apart.
-template <class T>
-RLRP_HD wide_t<T> won(const Pooling& p, const T* x, const T* r, int64_t step, int64_t d, int64_t h,
-                      int64_t w) {
-  const Span ds = p.axis[0].outputs(d), hs = p.axis[1].outputs(h), ws = p.axis[2].outputs(w);
-  const int64_t here = p.in_index(d, h, w);
-  wide_t<T> sum = 0;
-  for (int64_t i = ds.begin; i < ds.end; ++i) {
-    if (!p.axis[0].sees(i, d)) continue;
-    for (int64_t j = hs.begin; j < hs.end; ++j) {
-      if (!p.axis[1].sees(j, h)) continue;
-      for (int64_t k = ws.begin; k < ws.end; ++k) {
-        if (!p.axis[2].sees(k, w) || winner(p, x, step, i, j, k) != here) continue;
-        sum += widen(r[p.out_index(i, j, k) * step]);
-      }
-    }
-  }
-  return sum;
-}
 
 // What the element at (d, h, w) receives from average pooling.
 template <class T>

@@ -32,16 +32,6 @@ struct Window {
     return {reach > 0 ? ceil_div(reach, stride) : 0, min64((i + padding) / stride + 1, out)};
   }
 
-  // No output from o on sees an input before this one.
-  RLRP_HD int64_t lowest(int64_t o) const {
-    return adaptive ? o * in / out : max64(o * stride - padding, 0);
-  }
-
-  // The most inputs from the first to the last of an output.
-  RLRP_HD int64_t extent() const {
-    return min64(adaptive ? in / out + 2 : (kernel - 1) * dilation + 1, in);
-  }
-
   // The outputs none of whose inputs is padding.
   RLRP_HD Span whole() const {
     const int64_t room = in + padding - (kernel - 1) * dilation - 1;  // for o * stride
@@ -50,9 +40,20 @@ struct Window {
     return {min64(ceil_div(padding, stride), end), end};
   }
 
+  // The most inputs that an output has, and the most outputs that see an input.
+  RLRP_HD int64_t most_inputs() const {
+    return min64(adaptive ? in / out + 2 : kernel, ceil_div(in, step()));
+  }
+  RLRP_HD int64_t most_outputs() const {
+    return min64(adaptive ? out / in + 2 : (kernel - 1) * dilation / stride + 1, out);
+  }
+
   RLRP_HD bool sees(int64_t o, int64_t i) const {
     return adaptive || dilation == 1 || (i + padding - o * stride) % dilation == 0;
   }
+
+  // The number of input i among those of output o, which sees it.
+  RLRP_HD int64_t number(int64_t o, int64_t i) const { return (i - inputs(o).begin) / step(); }
 
   // Number of elements of output o, with the padding counted.
   RLRP_HD int64_t padded_count(int64_t o) const {

@@ -130,6 +130,7 @@ STABLE_TORCH_LIBRARY_IMPL(captum_rlrp, CPU, m) {
   m.impl("product", TORCH_BOX(&Elementwise<Cpu>::product));
   m.impl("product_", TORCH_BOX(&Elementwise<Cpu>::product_));
   m.impl("accumulate", TORCH_BOX(&Elementwise<Cpu>::accumulate));
+  m.impl("accumulate_", TORCH_BOX(&Elementwise<Cpu>::accumulate_));
   m.impl("split", TORCH_BOX(&Elementwise<Cpu>::split));
   m.impl("split_", TORCH_BOX(&Elementwise<Cpu>::split_));
 }

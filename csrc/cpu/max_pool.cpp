@@ -1,8 +1,8 @@
-// Max pooling, backwards: the inputs of a window race, and the winner takes the output's relevance.
+// Max pooling. Forwards the inputs of a window race, and the number of the winner is kept: in a byte where
+// windows are small. Backwards each input collects the relevance of the windows it won.
 //
-// Races run side by side, in lanes. In channels_last images the lanes are the channels of an output. In
-// contiguous ones they are neighbouring outputs, so rows are read into a scratch that puts inputs
-// `stride` apart next to each other; relevance is collected in the same order and sorted on its way out.
+// Loops run over lanes that lie next to each other: the channels of a pixel in channels_last images, the
+// outputs of a row in contiguous ones.
 #include "pooling.h"
 
 #include <algorithm>
@@ -14,348 +14,395 @@
 namespace rlrp {
 namespace {
 
-constexpr int64_t kLanes = 256;   // races at a time: what they remember stays in the L1 cache
-constexpr int64_t kVector = 16;   // rows in the scratch are rounded up to it: no remainder loops
+constexpr int64_t kLanes = 256;    // races at a time: what they remember stays in the L1 cache
 constexpr int64_t kGrain = 65536;  // elements that make a task worth its while
 
-RLRP_HD int64_t round_up(int64_t n) { return ceil_div(n, kVector) * kVector; }
+template <class T>
+using position_t = std::conditional_t<sizeof(wide_t<T>) == 8, int64_t, int32_t>;
 
-int slab_axis_of(const Pooling& p) { return p.axis[0].in == 1 && p.axis[0].out == 1 ? 1 : 0; }
+// won ? r : 0. The choice is made in bits: of a conditional the compiler makes branches.
+template <class A>
+RLRP_INLINE inline A if_won(bool won, A r) {
+  using Bits = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+  return std::bit_cast<A>(std::bit_cast<Bits>(r) & -static_cast<Bits>(won));
+}
 
-// The races of one image at a time. Slabs are its rows, or its planes where it has three spatial axes:
-// the unit in which relevance is collected. A ring holds those that the coming outputs see.
-//
-// kTiled: every input is in exactly one window, so relevance is written, not added up.
-template <class T, bool kChannelsLast, bool kTiled>
-class Races {
+// Calls f with `value` as a constant if it is one of those listed, else with 0.
+template <int... kListed, class F>
+RLRP_INLINE inline void with_constant(int64_t value, const F& f) {
+  const bool found = ((value == kListed && (f(std::integral_constant<int, kListed>{}), true)) || ...);
+  if (!found) f(std::integral_constant<int, 0>{});
+}
+
+// Along a line: the outputs that see each input.
+std::vector<Span> outputs_of(const Window& window) {
+  std::vector<Span> spans;
+  for (int64_t i = 0; i < window.in; ++i) spans.push_back(window.outputs(i));
+  return spans;
+}
+
+// A row of pixels at a time, the lanes of a pixel side by side.
+template <class T, class N>
+class Pixels {
  public:
   using A = wide_t<T>;
-  using X = std::conditional_t<kChannelsLast, T, A>;  // what races read
-  using S = std::conditional_t<kTiled, T, A>;         // what relevance is collected in
-  using R = X;                                        // what it is read as
-  using Position = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
-  // Relevance is collected in the result itself where that has the right type and order.
-  static constexpr bool kInPlace = kChannelsLast && sizeof(S) == sizeof(T);
+  using P = position_t<T>;
 
-  explicit Races(const Pooling& pooling)
+  explicit Pixels(const Pooling& pooling)
       : p(pooling),
-        slab_axis(slab_axis_of(p)),
-        by(p.axis[slab_axis]),
-        along(p.axis[2]),
-        together(!kChannelsLast && !along.adaptive && along.stride <= along.in &&
-                 along.kernel * along.dilation <= 2 * along.in),
-        lines(slab_axis == 0 ? p.axis[1].in : 1),
-        lanes(kChannelsLast ? p.channels : 1),
-        before(together ? along.padding : 0),
-        phases(together ? along.stride : 1),
-        pitch(together ? round_up(along.out) + along.kernel * along.dilation / along.stride + 1
-                       : along.in),
-        line(phases * pitch * lanes),
-        height(std::bit_ceil(static_cast<uint64_t>(min64(max64(by.extent(), by.stride), by.in)))),
-        sums(kInPlace ? 0 : height * lines * line),
-        inputs(kChannelsLast ? 0 : sums.size(), X(-INFINITY)),
-        nowhere(line),
-        from(p.axis[0].extent() * p.axis[1].extent()),
-        to(from.size()),
-        start(together ? along.kernel : along.extent()),
-        relevance(kChannelsLast ? 0 : round_up(along.out)),
-        first(max64(1, relevance.size())) {
-    for (int64_t k = 0; k < phases * pitch; ++k) {
-      place.push_back((k % phases * pitch + k / phases) * lanes);
-    }
-    for (int64_t w = 0; together && w < along.out; ++w) {
-      first[w] = (along.inputs(w).begin + along.padding - w * along.stride) / along.dilation;
+        lanes(p.channels),
+        seen_by(outputs_of(p.axis[2])),
+        values(max64(p.most_inputs(), p.most_outputs())),
+        winners(values.size()),
+        number(values.size()) {}
+
+  static int64_t images(const Pooling& p) { return p.batch; }
+
+  // The outputs of row (d, h).
+  RLRP_INLINE void race(const T* x, T* y, N* won, int64_t d, int64_t h) {
+    const Span ds = p.axis[0].inputs(d), hs = p.axis[1].inputs(h);
+    for (int64_t w = 0; w < p.axis[2].out; ++w, y += lanes, won += lanes) {
+      const Span ws = p.axis[2].inputs(w);
+      int64_t count = 0, a = 0;
+      for (int64_t i = ds.begin; i < ds.end; i += p.axis[0].step(), ++a) {
+        int64_t b = 0;
+        for (int64_t j = hs.begin; j < hs.end; j += p.axis[1].step(), ++b) {
+          int64_t c = 0;
+          for (int64_t k = ws.begin; k < ws.end; k += p.axis[2].step(), ++c, ++count) {
+            values[count] = x + p.in_index(i, j, k) * lanes;
+            number[count] = static_cast<P>(p.number(a, b, c));
+          }
+        }
+      }
+      with_constant<4, 9>(count, [&](auto known) RLRP_INLINE {
+        if constexpr (known > 0) {
+          race_of<known>(y, won);
+        } else {
+          race_of(count, y, won);
+        }
+      });
     }
   }
 
-  // Slabs `band` of an image; windows that reach beyond the band count for what is inside.
-  RLRP_INLINE void run(const T* x, const T* r, T* result, Span band) {
-    const Span outputs{by.outputs(band.begin).begin, by.outputs(band.end - 1).end};
-    int64_t read = 0, opened = band.begin, written = band.begin;
-    for (int64_t o = outputs.begin; o < outputs.end; ++o) {
-      const int64_t end = by.inputs(o).end;
-      if constexpr (!kChannelsLast) {
-        for (read = max64(read, by.lowest(o)); read < end; ++read) load(x, read);
+  // The inputs of row (d, h).
+  RLRP_INLINE void collect(const T* r, const N* won, T* result, int64_t d, int64_t h) {
+    const Span ds = p.axis[0].outputs(d), hs = p.axis[1].outputs(h);
+    for (int64_t w = 0; w < p.axis[2].in; ++w, result += lanes) {
+      int64_t count = 0;
+      for (int64_t i = ds.begin; i < ds.end; ++i) {
+        if (!p.axis[0].sees(i, d)) continue;
+        for (int64_t j = hs.begin; j < hs.end; ++j) {
+          if (!p.axis[1].sees(j, h)) continue;
+          const int64_t plane = p.number(p.axis[0].number(i, d), p.axis[1].number(j, h), 0);
+          for (int64_t k = seen_by[w].begin; k < seen_by[w].end; ++k) {
+            if (!p.axis[2].sees(k, w)) continue;
+            const int64_t at = p.out_index(i, j, k) * lanes;
+            values[count] = r + at;
+            winners[count] = won + at;
+            number[count++] = static_cast<P>(plane + p.axis[2].number(k, w));
+          }
+        }
       }
-      for (; opened < min64(end, band.end); ++opened) clear(result, opened);
-      const int64_t rows = slab_axis == 0 ? p.axis[1].out : 1;
-      for (int64_t row = 0; row < rows; ++row) {
-        const int64_t d = slab_axis == 0 ? o : 0, h = slab_axis == 0 ? row : o;
-        gather(x, result, d, h, band);
-        race_row(r + p.out_index(d, h, 0) * lanes);
-      }
-      if constexpr (!kInPlace) {
-        const int64_t done = o + 1 < outputs.end ? by.lowest(o + 1) : opened;
-        for (; written < min64(done, opened); ++written) store(result, written);
-      }
-    }
-    for (; opened < band.end; ++opened) {  // what no output sees
-      clear(result, opened);
-      if constexpr (!kInPlace) store(result, opened);
+      with_constant<1, 2, 4>(count, [&](auto known) RLRP_INLINE {
+        if constexpr (known > 0) {
+          collect_of<known>(result);
+        } else {
+          collect_of(count, result);
+        }
+      });
     }
   }
 
  private:
   const Pooling& p;
-  const int slab_axis;
-  const Window &by, &along;  // the windows from slab to slab and along a line
-  const bool together;  // neighbouring outputs run side by side; not where windows dwarf the image
-  const int64_t lines, lanes;   // per slab; per element along a line
-  const int64_t before;         // the padding that is kept in the scratch
-  const int64_t phases, pitch;  // inputs k, k + phases, ... are neighbours; the phases lie `pitch` apart
-  const int64_t line;           // elements of a line, with all this
-  const int64_t height;  // of the rings: a power of two, as a division per line would be felt
-  std::vector<S> sums;    // rings of `height` slabs
-  std::vector<X> inputs;  // with minus infinity where there is padding
-  std::vector<S> nowhere;  // takes what belongs to another band
-  std::vector<const X*> from;  // the lines that a row of outputs sees, and where their relevance goes
-  std::vector<S*> to;
-  int64_t entered = 0;         // their number
-  std::vector<int64_t> start;  // the inputs of a window along a line
-  std::vector<A> relevance;      // of a row of outputs, 0 beyond its end
-  std::vector<Position> first;   // which of its inputs is an output's first that is no padding
-  std::vector<int64_t> place;    // of the k-th input of a line
+  const int64_t lanes;
+  const std::vector<Span> seen_by;
+  std::vector<const T*> values;    // what races, or what may be collected
+  std::vector<const N*> winners;   // of the windows it comes from
+  std::vector<P> number;           // in its window
   A best[kLanes];
-  Position at[kLanes];
+  P at[kLanes];
 
-  RLRP_INLINE int64_t slot(int64_t slab) const { return (slab & (height - 1)) * lines * line; }
-
-  RLRP_INLINE S* sums_of(T* result, int64_t slab) {
-    if constexpr (kInPlace) {
-      return result + slab * lines * line;
-    } else {
-      return sums.data() + slot(slab);
-    }
-  }
-
-  RLRP_INLINE void clear(T* result, int64_t slab) {
-    if constexpr (!kTiled) std::fill_n(sums_of(result, slab), lines * line, S(0));
-  }
-
-  // Reads a slab into the ring, inputs `phases` apart next to each other.
-  RLRP_INLINE void load(const T* x, int64_t slab) {
-    for (int64_t l = 0; l < lines; ++l) {
-      const T* in = x + (slab * lines + l) * along.in;
-      A* out = inputs.data() + slot(slab) + l * line;
-      A* even = out + place[before];
-      if (phases == 1) {
+  template <int kCount>
+  RLRP_INLINE void race_of(T* y, N* won) {
+    const T* x[kCount];
+    P index[kCount];
+    std::copy_n(values.data(), kCount, x);
+    std::copy_n(number.data(), kCount, index);
 #pragma omp simd
-        for (int64_t k = 0; k < along.in; ++k) even[k] = widen(in[k]);
-      } else if (phases == 2) {
-        A* odd = out + place[before + 1];
-#pragma omp simd
-        for (int64_t k = 0; k < along.in / 2; ++k) {
-          even[k] = widen(in[2 * k]);
-          odd[k] = widen(in[2 * k + 1]);
-        }
-        if (along.in % 2 == 1) even[along.in / 2] = widen(in[along.in - 1]);
-      } else {
-        for (int64_t k = 0; k < along.in; ++k) out[place[before + k]] = widen(in[k]);
-      }
-    }
-  }
-
-  // Writes a slab's relevance out.
-  RLRP_INLINE void store(T* result, int64_t slab) {
-    for (int64_t l = 0; l < lines; ++l) {
-      const A* sum = sums.data() + slot(slab) + l * line;
-      T* out = result + (slab * lines + l) * along.in * lanes;
-      const A* even = sum + place[before];
-      if (phases == 1) {
-#pragma omp simd
-        for (int64_t k = 0; k < along.in * lanes; ++k) out[k] = narrow<T>(even[k]);
-      } else if (phases == 2) {
-        const A* odd = sum + place[before + 1];
-#pragma omp simd
-        for (int64_t k = 0; k < along.in / 2; ++k) {
-          out[2 * k] = narrow<T>(even[k]);
-          out[2 * k + 1] = narrow<T>(odd[k]);
-        }
-        if (along.in % 2 == 1) out[along.in - 1] = narrow<T>(even[along.in / 2]);
-      } else {
-        for (int64_t k = 0; k < along.in; ++k) out[k] = narrow<T>(sum[place[before + k]]);
-      }
-    }
-  }
-
-  // Notes the lines that the outputs of row (d, h) see. Those outside the band take part and receive
-  // nothing.
-  RLRP_INLINE void gather(const T* x, T* result, int64_t d, int64_t h, Span band) {
-    const Span ds = p.axis[0].inputs(d), hs = p.axis[1].inputs(h);
-    entered = 0;
-    for (int64_t i = ds.begin; i < ds.end; i += p.axis[0].step()) {
-      for (int64_t j = hs.begin; j < hs.end; j += p.axis[1].step(), ++entered) {
-        const int64_t slab = slab_axis == 0 ? i : j;
-        const int64_t within = slab_axis == 0 ? j * line : 0;
-        const bool inside = slab >= band.begin && slab < band.end;
-        to[entered] = inside ? sums_of(result, slab) + within : nowhere.data();
-        if constexpr (kChannelsLast) {
-          from[entered] = x + slab * lines * line + within;
-        } else {
-          from[entered] = inputs.data() + slot(slab) + within;
-        }
-      }
-    }
-  }
-
-  RLRP_INLINE void race_row(const T* r) {
-    if constexpr (!kChannelsLast) {
-#pragma omp simd
-      for (int64_t w = 0; w < along.out; ++w) relevance[w] = widen(r[w]);
-      if (together) {
-        for (int64_t k = 0; k < along.kernel; ++k) start[k] = place[k * along.dilation];
-        for (int64_t w = 0; w < along.out; w += kLanes) {
-          race(along.kernel, w, &relevance[w], &first[w], min64(kLanes, round_up(along.out - w)));
-        }
-        return;
-      }
-    }
-    for (size_t k = 0; k < start.size(); ++k) start[k] = k * along.step() * lanes;
-    const Span whole = along.whole();
-    for (int64_t w = 0; w < along.out; ++w) {
-      const Span ks = along.inputs(w);
-      const bool all = w >= whole.begin && w < whole.end;
-      const int64_t wide = all ? along.kernel : ceil_div(ks.end - ks.begin, along.step());
-      for (int64_t c = 0; c < lanes; c += kLanes) {
-        const R* value;
-        if constexpr (kChannelsLast) {
-          value = r + w * lanes + c;
-        } else {
-          value = &relevance[w];
-        }
-        race(wide, ks.begin * lanes + c, value, first.data(), min64(kLanes, lanes - c));
-      }
-    }
-  }
-
-  // `count` races side by side: `wide` inputs of each line, `offset` elements on.
-  RLRP_INLINE void race(int64_t wide, int64_t offset, const R* r, const Position* begin,
-                        int64_t count) {
-    if (entered == 2 && wide == 2) {
-      race_of<2, 2>(offset, r, begin, count);
-      if (kChannelsLast) return;
-    } else if (entered == 3 && wide == 3) {
-      race_of<3, 3>(offset, r, begin, count);
-      if (kChannelsLast) return;
-    } else {
-      find(wide, offset, begin, count);
-    }
-    Position position = 0;
-    for (int64_t e = 0; e < entered; ++e) {
-      for (int64_t k = 0; k < wide; ++k, ++position) {
-        S* sum = to[e] + start[k] + offset;
-#pragma omp simd
-        for (int64_t l = 0; l < count; ++l) sum[l] = plus(sum[l], at[l] == position, r[l]);
-      }
-    }
-  }
-
-  // Finds the winners of any window.
-  RLRP_INLINE void find(int64_t wide, int64_t offset, const Position* begin, int64_t count) {
-#pragma omp simd
-    for (int64_t l = 0; l < count; ++l) {
-      best[l] = widen(from[0][start[0] + offset + l]);
-      at[l] = kChannelsLast ? 0 : begin[l];
-    }
-    Position position = 0;
-    for (int64_t e = 0; e < entered; ++e) {
-      for (int64_t k = 0; k < wide; ++k, ++position) {
-        const X* x = from[e] + start[k] + offset;
-#pragma omp simd
-        for (int64_t l = 0; l < count; ++l) {
-          const A value = widen(x[l]);
-          const bool higher = value > best[l];
-          best[l] = higher ? value : best[l];
-          at[l] = higher ? position : at[l];
-        }
-      }
-    }
-  }
-
-  // The same in registers, for the usual windows. In channels_last images, where no two lanes share an
-  // input, it hands out the relevance as well.
-  template <int kHigh, int kWide>
-  RLRP_INLINE void race_of(int64_t offset, const R* r, const Position* begin, int64_t count) {
-    constexpr int kInputs = kHigh * kWide;
-    const X* x[kInputs];
-    S* sum[kInputs];
-    for (int e = 0; e < kHigh; ++e) {
-      for (int k = 0; k < kWide; ++k) {
-        x[e * kWide + k] = from[e] + start[k] + offset;
-        sum[e * kWide + k] = to[e] + start[k] + offset;
-      }
-    }
-#pragma omp simd
-    for (int64_t l = 0; l < count; ++l) {
+    for (int64_t l = 0; l < lanes; ++l) {
       A highest = widen(x[0][l]);
-      Position winner = kChannelsLast ? 0 : begin[l];
+      P winner = 0;
 #pragma GCC unroll 16
-      for (int t = 1; t < kInputs; ++t) {
+      for (int t = 1; t < kCount; ++t) {
         const A here = widen(x[t][l]);
-        const bool higher = here > highest;
+        const bool higher = beats(here, highest);
         highest = higher ? here : highest;
-        winner = higher ? Position(t) : winner;
+        winner = higher ? index[t] : winner;
       }
-      if constexpr (kChannelsLast) {
-        // All are read before any is written: rows often lie a multiple of 4 KiB apart, and a read
-        // would wait for the write before it.
-        S total[kInputs];
-#pragma GCC unroll 16
-        for (int t = 0; t < kInputs; ++t) total[t] = plus(sum[t][l], winner == t, r[l]);
-#pragma GCC unroll 16
-        for (int t = 0; t < kInputs; ++t) sum[t][l] = total[t];
-      } else {
-        at[l] = winner;
+      y[l] = narrow<T>(highest);
+      won[l] = static_cast<N>(winner);
+    }
+  }
+
+  RLRP_INLINE void race_of(int64_t count, T* y, N* won) {
+    for (int64_t first = 0; first < lanes; first += kLanes) {
+      const int64_t size = min64(kLanes, lanes - first);
+      std::fill_n(best, size, A(-INFINITY));
+      std::fill_n(at, size, P(0));
+      for (int64_t t = 0; t < count; ++t) {
+        const T* x = values[t] + first;
+        const P index = number[t];
+#pragma omp simd
+        for (int64_t l = 0; l < size; ++l) {
+          const A here = widen(x[l]);
+          const bool higher = beats(here, best[l]);
+          best[l] = higher ? here : best[l];
+          at[l] = higher ? index : at[l];
+        }
+      }
+#pragma omp simd
+      for (int64_t l = 0; l < size; ++l) {
+        y[first + l] = narrow<T>(best[l]);
+        won[first + l] = static_cast<N>(at[l]);
       }
     }
   }
 
-  // sum + (won ? r : 0). The choice is made in bits: of a conditional the compiler makes branches.
-  RLRP_INLINE static S plus(S sum, bool won, R r) {
-    if constexpr (kTiled) {
-      using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, Position>;
-      const Position bits = std::bit_cast<Bits>(r) & -static_cast<Position>(won);
-      return std::bit_cast<S>(static_cast<Bits>(bits));
-    } else {
-      return sum + std::bit_cast<A>(std::bit_cast<Position>(widen(r)) & -static_cast<Position>(won));
+  template <int kCount>
+  RLRP_INLINE void collect_of(T* result) {
+    const T* r[kCount];
+    const N* won[kCount];
+    P index[kCount];
+    std::copy_n(values.data(), kCount, r);
+    std::copy_n(winners.data(), kCount, won);
+    std::copy_n(number.data(), kCount, index);
+#pragma omp simd
+    for (int64_t l = 0; l < lanes; ++l) {
+      A sum = if_won(static_cast<P>(won[0][l]) == index[0], widen(r[0][l]));
+#pragma GCC unroll 16
+      for (int t = 1; t < kCount; ++t) {
+        sum += if_won(static_cast<P>(won[t][l]) == index[t], widen(r[t][l]));
+      }
+      result[l] = narrow<T>(sum);
+    }
+  }
+
+  RLRP_INLINE void collect_of(int64_t count, T* result) {
+    for (int64_t first = 0; first < lanes; first += kLanes) {
+      const int64_t size = min64(kLanes, lanes - first);
+      std::fill_n(best, size, A(0));
+      for (int64_t t = 0; t < count; ++t) {
+        const T* r = values[t] + first;
+        const N* won = winners[t] + first;
+        const P index = number[t];
+#pragma omp simd
+        for (int64_t l = 0; l < size; ++l) {
+          best[l] += if_won(static_cast<P>(won[l]) == index, widen(r[l]));
+        }
+      }
+#pragma omp simd
+      for (int64_t l = 0; l < size; ++l) result[first + l] = narrow<T>(best[l]);
     }
   }
 };
 
-bool is_tiled(const Pooling& p) {
-  return std::all_of(p.axis, p.axis + 3, [](const Window& w) {
-    return !w.adaptive && w.stride == w.kernel && w.padding == 0 && w.dilation == 1 &&
-           w.in == w.out * w.kernel;
-  });
+// A row of a contiguous plane at a time, its outputs side by side, `kStride` apart at the input; 0 where
+// that is no small constant, and outputs are treated one by one.
+template <class T, class N, int kStride>
+class Rows {
+ public:
+  using A = wide_t<T>;
+  using P = position_t<T>;
+
+  explicit Rows(const Pooling& pooling)
+      : p(pooling),
+        along(p.axis[2]),
+        inner(kStride == 0 ? Span{0, 0} : along.whole()),
+        padding(kStride == 0 ? 0 : along.padding),
+        pitch(ceil_div(along.in + padding, kPhases)),
+        best(along.out),
+        at(along.out),
+        sums(kPhases * pitch) {}
+
+  static int64_t images(const Pooling& p) { return p.batch * p.channels; }
+
+  RLRP_INLINE void race(const T* x, T* y, N* won, int64_t d, int64_t h) {
+    const Span ds = p.axis[0].inputs(d), hs = p.axis[1].inputs(h);
+    if (inner.begin < inner.end) {
+      A* highest = best.data();
+      P* winner = at.data();
+      std::fill_n(highest, along.out, A(-INFINITY));
+      std::fill_n(winner, along.out, P(0));
+      int64_t a = 0;
+      for (int64_t i = ds.begin; i < ds.end; i += p.axis[0].step(), ++a) {
+        int64_t b = 0;
+        for (int64_t j = hs.begin; j < hs.end; j += p.axis[1].step(), ++b) {
+          for (int64_t k = 0; k < along.kernel; ++k) {
+            const T* value = x + p.in_index(i, j, inner.begin * kStride - padding + k * along.dilation);
+            const P index = static_cast<P>(p.number(a, b, k));
+            A* high = highest + inner.begin;
+            P* which = winner + inner.begin;
+#pragma omp simd
+            for (int64_t o = 0; o < inner.end - inner.begin; ++o) {
+              const A here = widen(value[o * kStride]);
+              const bool higher = beats(here, high[o]);
+              high[o] = higher ? here : high[o];
+              which[o] = higher ? index : which[o];
+            }
+          }
+        }
+      }
+#pragma omp simd
+      for (int64_t o = inner.begin; o < inner.end; ++o) {
+        y[o] = narrow<T>(highest[o]);
+        won[o] = static_cast<N>(winner[o]);
+      }
+    }
+    each_border([&](int64_t o) RLRP_INLINE {
+      const Winner<T> found = winner(p, x, 1, d, h, o);
+      y[o] = found.value;
+      won[o] = static_cast<N>(found.number);
+    });
+  }
+
+  // Relevance is collected with inputs `kStride` apart next to each other, and sorted on its way out.
+  RLRP_INLINE void collect(const T* r, const N* won, T* result, int64_t d, int64_t h) {
+    const Span ds = p.axis[0].outputs(d), hs = p.axis[1].outputs(h);
+    A* sum = sums.data();
+    std::fill_n(sum, kPhases * pitch, A(0));
+    for (int64_t i = ds.begin; i < ds.end; ++i) {
+      if (!p.axis[0].sees(i, d)) continue;
+      for (int64_t j = hs.begin; j < hs.end; ++j) {
+        if (!p.axis[1].sees(j, h)) continue;
+        const int64_t plane = p.number(p.axis[0].number(i, d), p.axis[1].number(j, h), 0);
+        const T* row = r + p.out_index(i, j, 0);
+        const N* winner = won + p.out_index(i, j, 0);
+        if (inner.begin < inner.end) {
+          for (int64_t k = 0; k < along.kernel; ++k) {
+            A* to = sum + place(inner.begin * kPhases + k * along.dilation);
+            const T* from = row + inner.begin;
+            const N* which = winner + inner.begin;
+            const P index = static_cast<P>(plane + k);
+#pragma omp simd
+            for (int64_t o = 0; o < inner.end - inner.begin; ++o) {
+              to[o] += if_won(static_cast<P>(which[o]) == index, widen(from[o]));
+            }
+          }
+        }
+        each_border([&](int64_t o) RLRP_INLINE {
+          const Span ks = along.inputs(o);
+          int64_t index = plane;
+          for (int64_t k = ks.begin; k < ks.end; k += along.step(), ++index) {
+            if (static_cast<int64_t>(winner[o]) == index) sum[place(k + padding)] += widen(row[o]);
+          }
+        });
+      }
+    }
+    const A* phase[kPhases];
+    for (int f = 0; f < kPhases; ++f) phase[f] = sum + place(f + padding);
+    const int64_t whole = along.in / kPhases;
+#pragma omp simd
+    for (int64_t k = 0; k < whole; ++k) {
+#pragma GCC unroll 4
+      for (int f = 0; f < kPhases; ++f) result[k * kPhases + f] = narrow<T>(phase[f][k]);
+    }
+    for (int64_t k = whole * kPhases; k < along.in; ++k) {
+      result[k] = narrow<T>(phase[k % kPhases][whole]);
+    }
+  }
+
+ private:
+  static constexpr int kPhases = kStride == 0 ? 1 : kStride;
+
+  const Pooling& p;
+  const Window& along;
+  const Span inner;       // the outputs that see no padding
+  const int64_t padding;  // that is kept in `sums`
+  const int64_t pitch;    // inputs k, k + kPhases, ... are neighbours there; the phases lie `pitch` apart
+  std::vector<A> best;
+  std::vector<P> at;
+  std::vector<A> sums;
+
+  RLRP_INLINE static int64_t place_of(int64_t k, int64_t pitch) {
+    return k % kPhases * pitch + k / kPhases;
+  }
+  // Where input k, counted from the first padding, lies in `sums`.
+  RLRP_INLINE int64_t place(int64_t k) const { return place_of(k, pitch); }
+
+  template <class F>
+  RLRP_INLINE void each_border(const F& f) const {
+    for (int64_t o = 0; o < inner.begin; ++o) f(o);
+    for (int64_t o = inner.end; o < along.out; ++o) f(o);
+  }
+};
+
+// Calls f(worker, image, d, h) for every row of an image's outputs or inputs.
+template <class Worker, class F>
+void each_row(const Pooling& p, int64_t depth, int64_t height, int64_t row_elements, const F& f) {
+  const int64_t rows = depth * height;
+  torch::stable::parallel_for(
+      0, Worker::images(p) * rows, ceil_div(kGrain, row_elements), [&](int64_t first, int64_t last) {
+        Worker worker(p);
+        simd::run([&]() RLRP_INLINE {
+          for (int64_t k = first; k < last; ++k) {
+            f(worker, k / rows, k % rows / height, k % height);
+          }
+        });
+      });
 }
 
-template <class T, bool kChannelsLast, bool kTiled>
-void race(const Pooling& p, const T* x, const T* r, T* result) {
-  const int64_t slabs = p.axis[slab_axis_of(p)].in;
-  const int64_t per_image = kChannelsLast ? p.channels : 1;
-  const int64_t images = p.batch * p.channels / per_image;
-  const int64_t in = p.in_plane() * per_image, out = p.out_plane() * per_image;
-  const int64_t grain = ceil_div(kGrain * slabs, in);
-  torch::stable::parallel_for(0, images * slabs, grain, [&](int64_t first, int64_t last) {
-    Races<T, kChannelsLast, kTiled> races(p);
-    while (first < last) {
-      const int64_t image = first / slabs, begin = first % slabs;
-      const Span band{begin, min64(begin + last - first, slabs)};
-      simd::run([&]() RLRP_INLINE {
-        races.run(x + image * in, r + image * out, result + image * in, band);
-      });
-      first += band.end - band.begin;
-    }
-  });
+template <class Worker, class T, class N>
+void race(const Pooling& p, int64_t lanes, const T* x, T* y, N* winners) {
+  const int64_t in = p.in_plane() * lanes, out = p.out_plane() * lanes;
+  const int64_t elements = out / (p.axis[0].out * p.axis[1].out) * p.most_inputs();
+  each_row<Worker>(p, p.axis[0].out, p.axis[1].out, elements,
+                   [&](Worker& worker, int64_t image, int64_t d, int64_t h) RLRP_INLINE {
+                     const int64_t row = image * out + p.out_index(d, h, 0) * lanes;
+                     worker.race(x + image * in, y + row, winners + row, d, h);
+                   });
+}
+
+template <class Worker, class T, class N>
+void collect(const Pooling& p, int64_t lanes, const N* winners, const T* r, T* result) {
+  const int64_t in = p.in_plane() * lanes, out = p.out_plane() * lanes;
+  const int64_t elements = in / (p.axis[0].in * p.axis[1].in) * p.most_outputs();
+  each_row<Worker>(p, p.axis[0].in, p.axis[1].in, elements,
+                   [&](Worker& worker, int64_t image, int64_t d, int64_t h) RLRP_INLINE {
+                     T* row = result + image * in + p.in_index(d, h, 0) * lanes;
+                     worker.collect(r + image * out, winners + image * out, row, d, h);
+                   });
+}
+
+// Calls f(Worker*, lanes).
+template <class T, class N, class F>
+void with_worker(const Pooling& p, bool channels_last, const F& f) {
+  if (channels_last) return f(static_cast<Pixels<T, N>*>(nullptr), p.channels);
+  if constexpr (sizeof(N) == 1) {  // no window is adaptive, and none is large
+    with_constant<1, 2>(p.axis[2].stride,
+                        [&](auto known) { f(static_cast<Rows<T, N, known>*>(nullptr), 1); });
+  } else {
+    f(static_cast<Rows<T, N, 0>*>(nullptr), 1);
+  }
 }
 
 struct Cpu {
-  template <class T>
-  static void send(const Tensor& result, const Pooling& p, bool channels_last, const T* x, const T* r) {
-    const auto run = !channels_last ? race<T, false, false>
-                     : is_tiled(p)  ? race<T, true, true>
-                                    : race<T, true, false>;
-    run(p, x, r, result_of<T>(result));
+  template <class T, class N>
+  static void race(const Tensor& y, const Tensor& winners, const Pooling& p, bool channels_last,
+                   const T* x) {
+    with_worker<T, N>(p, channels_last, [&](auto* worker, int64_t lanes) {
+      using Worker = std::remove_pointer_t<decltype(worker)>;
+      rlrp::race<Worker>(p, lanes, x, result_of<T>(y), result_of<N>(winners));
+    });
+  }
+
+  template <class T, class N>
+  static void collect(const Tensor& result, const Pooling& p, bool channels_last, const N* winners,
+                      const T* r) {
+    with_worker<T, N>(p, channels_last, [&](auto* worker, int64_t lanes) {
+      using Worker = std::remove_pointer_t<decltype(worker)>;
+      rlrp::collect<Worker>(p, lanes, winners, r, result_of<T>(result));
+    });
   }
 };
 
@@ -363,7 +410,9 @@ struct Cpu {
 
 STABLE_TORCH_LIBRARY_IMPL(captum_rlrp, CPU, m) {
   m.impl("max_pool", TORCH_BOX(&MaxPooling<Cpu>::windows));
+  m.impl("max_unpool", TORCH_BOX(&MaxPooling<Cpu>::unpool));
   m.impl("adaptive_max_pool", TORCH_BOX(&MaxPooling<Cpu>::adaptive));
+  m.impl("adaptive_max_unpool", TORCH_BOX(&MaxPooling<Cpu>::adaptive_unpool));
 }
 
 }  // namespace rlrp

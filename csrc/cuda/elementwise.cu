@@ -163,6 +163,7 @@ STABLE_TORCH_LIBRARY_IMPL(captum_rlrp, CUDA, m) {
   m.impl("product", TORCH_BOX(&Elementwise<Cuda>::product));
   m.impl("product_", TORCH_BOX(&Elementwise<Cuda>::product_));
   m.impl("accumulate", TORCH_BOX(&Elementwise<Cuda>::accumulate));
+  m.impl("accumulate_", TORCH_BOX(&Elementwise<Cuda>::accumulate_));
   m.impl("split", TORCH_BOX(&Elementwise<Cuda>::split));
   m.impl("split_", TORCH_BOX(&Elementwise<Cuda>::split_));
 }

@@ -150,15 +150,21 @@ void check_pooling() {
   }
   std::vector<float> x(p.in_plane()), r(p.out_plane(), 1.0f), scattered(x.size(), 0.0f);
   for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i * 7 % 5);
-  for (int64_t h = 0; h < p.axis[1].out; ++h) {
-    for (int64_t w = 0; w < p.axis[2].out; ++w) {
-      scattered[winner(p, x.data(), 1, 0, h, w)] += r[p.out_index(0, h, w)];
+  std::vector<uint8_t> winners(r.size());
+  const Window &down = p.axis[1], &along = p.axis[2];
+  for (int64_t h = 0; h < down.out; ++h) {
+    for (int64_t w = 0; w < along.out; ++w) {
+      const auto [value, number] = winner(p, x.data(), 1, 0, h, w);
+      const int64_t i = down.inputs(h).begin + number / 3, j = along.inputs(w).begin + number % 3;
+      EXPECT(x[p.in_index(0, i, j)] == value);
+      winners[p.out_index(0, h, w)] = static_cast<uint8_t>(number);
+      scattered[p.in_index(0, i, j)] += r[p.out_index(0, h, w)];
     }
   }
   float spread = 0;
   for (int64_t h = 0; h < 7; ++h) {
     for (int64_t w = 0; w < 7; ++w) {
-      EXPECT(won(p, x.data(), r.data(), 1, 0, h, w) == scattered[p.in_index(0, h, w)]);
+      EXPECT(won(p, winners.data(), r.data(), 1, 0, h, w) == scattered[p.in_index(0, h, w)]);
       spread += averaged(p, AverageRule{false, 0}, r.data(), 1, 0, h, w);
     }
   }

@@ -20,11 +20,13 @@ FUNCTIONS = [
     "accumulate",
     "adaptive_avg_pool",
     "adaptive_max_pool",
+    "adaptive_max_unpool",
     "avg_pool",
     "conv",
     "linear",
     "linear_rows",
     "max_pool",
+    "max_unpool",
     "product",
     "split",
 ]

@@ -113,6 +113,24 @@ def test_accumulate(backend, device, dtype, layout, count, shape):
 
 @every_case
 @every_device
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("place", ["elsewhere", "first", "last"])
+def test_accumulate_into_memory_that_is_there(backend, device, dtype, layout, count, place):
+    shape = (3, 6, 5, 7)
+    terms = terms_of(shape, count, dtype, device, layout)
+    expected, mass = reference.accumulate([(t.clone(), f) for t, f in widened(terms)])
+    out = {"first": terms[0][0], "last": terms[-1][0]}.get(place)
+    if out is None:
+        out = rand(*shape, dtype=dtype, device=device, layout="channels_last")
+    r, s = backend.accumulate(terms, out=out)
+    assert r.data_ptr() == out.data_ptr()
+    assert r.stride() == out.stride()
+    agree(r, expected, dtype)
+    agree(s, mass, dtype)
+
+
+@every_case
+@every_device
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_split(backend, device, dtype, layout, count, shape):

@@ -14,10 +14,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAVE_GPU, reason="needs a 
 
 def results(x, g, r):
     f = torch.rand(len(x), generator=torch.Generator().manual_seed(1)).to(x.device)
+    y, winners = compiled.max_pool(x, 3, 2, 1)
     return [
         *compiled.product(x, g),
         *compiled.split(x, g, [(g, f)]),
-        compiled.max_pool(x, r, 3, 2, 1),
+        y,
+        compiled.max_unpool(r, winners, x.shape, 3, 2, 1),
         compiled.avg_pool(r, x.shape, 3, 2, 1),
     ]
 

@@ -24,15 +24,19 @@ def calls(dtype=torch.float32, layout="contiguous", device="cpu", n=2):
     x, r = make(n, 6, 9, 8), make(n, 6, 4, 4)
     f = torch.rand(n, dtype=torch.float64 if dtype == torch.float64 else torch.float32).to(device)
     window = ([3, 2], [2, 2], [0, 0])
+    winners = (make(n, 6, 4, 4).abs() * 3).to(torch.int32)
     shape = [n, 6, 9, 8]
     return {
         "product": (x, make(n, 6, 9, 8), f),
         "product_": (x, make(n, 6, 9, 8), None),
         "accumulate": (x, f, make(n, 6, 9, 8), None),
+        "accumulate_": (make(n, 6, 9, 8), x, f, None, None),
         "split": (x, make(n, 6, 9, 8), make(n, 6, 9, 8), f, x, f, False),
         "split_": (x, make(n, 6, 9, 8), make(n, 6, 9, 8), f, None, None, True),
-        "max_pool": (x, r, *window, [1, 1], False),
-        "adaptive_max_pool": (x, r),
+        "max_pool": (x, *window, [1, 1], False),
+        "max_unpool": (r, winners.to(torch.uint8), shape, *window, [1, 1], False),
+        "adaptive_max_pool": (x, [4, 4]),
+        "adaptive_max_unpool": (r, winners, shape),
         "avg_pool": (r, shape, *window, False, True, None),
         "adaptive_avg_pool": (r, shape),
     }
@@ -80,8 +84,15 @@ def refused(name, arguments):
 RIGHT = {
     ("avg_pool", 0, "double"),
     ("adaptive_avg_pool", 0, "double"),
+    ("max_pool", 0, "double"),
+    ("max_pool", 0, "one sample"),
+    ("max_pool", 0, "two batches"),
+    ("max_unpool", 0, "double"),
+    ("adaptive_max_pool", 0, "double"),
     ("adaptive_max_pool", 0, "one column"),
-    ("adaptive_max_pool", 1, "one column"),
+    ("adaptive_max_pool", 0, "one sample"),
+    ("adaptive_max_pool", 0, "two batches"),
+    ("adaptive_max_unpool", 0, "double"),
     ("adaptive_avg_pool", 0, "one column"),
 }
 
@@ -122,9 +133,11 @@ def test_random_pooling_arguments_never_crash(seed):
             [rng.choice(numbers) for _ in range(rank)] for _ in range(4)
         )
         window = (kernel, stride, padding, dilation, rng.random() < 0.5)
-        if not refused("max_pool", (x, r, *window)):
-            result = ops.max_pool(x, r, *window)
-            assert float(result.sum()) == pytest.approx(float(r.sum()), abs=1e-4)
+        if not refused("max_pool", (x, *window)):
+            y, winners = ops.max_pool(x, *window)
+            result = ops.max_unpool(y, winners, x.shape, *window)
+            assert float(result.sum()) == pytest.approx(float(y.sum()), abs=1e-4)
+            assert refused("max_unpool", (r, winners, x.shape, *window)) == (r.shape != y.shape)
         average = (kernel, stride, padding, rng.random() < 0.5, True, None)
         if not refused("avg_pool", (r, x.shape, *average)):
             ops.avg_pool(r, x.shape, *average)
@@ -155,3 +168,37 @@ def test_inputs_that_require_gradients_are_taken(name):
     first, *rest = calls()[name]
     with torch.no_grad():
         getattr(ops, name)(first.requires_grad_(), *rest)
+
+
+FEW = (torch.randn(2, 16, 5, 4), torch.randn(16, 3, 3, 3), [2, 3, 9, 8], [2, 2], [1, 1], [1, 1])
+
+
+def test_opcheck_of_few_channels():
+    torch.library.opcheck(ops.conv_few.default, FEW, raise_exception=True)
+
+
+@pytest.mark.parametrize(
+    ("position", "bad"),
+    [
+        (0, torch.randn(2, 16, 5, 4).double()),
+        (0, torch.randn(2, 16, 5)),
+        (0, torch.randn(2, 16, 6, 4)),
+        (0, torch.randn(1, 16, 5, 4)),
+        (0, torch.randn(2, 8, 5, 4)),
+        (1, torch.randn(16, 5, 3, 3)),
+        (1, torch.randn(16, 0, 3, 3)),
+        (1, torch.randn(12, 3, 3, 3)),
+        (1, torch.randn(16, 3, 3, 3).half()),
+        (1, torch.randn(16, 3, 0, 3)),
+        (2, [2, 3, 9]),
+        (2, [2, 3, -9, 8]),
+        (2, [2, 3, 2**62, 8]),
+        *((k, bad) for k in (3, 4, 5) for bad in ([-1, -1], [2**62] * 2, [1], [1, 1, 1], [])),
+        (3, [0, 0]),
+        (5, [0, 0]),
+    ],
+    ids=str,
+)
+def test_few_channels_refuse_what_does_not_fit(position, bad):
+    arguments = [*FEW[:position], bad, *FEW[position + 1 :]]
+    assert refused("conv_few", arguments)

@@ -1,4 +1,4 @@
-"""Pooling, backwards: compiled and reference against autograd in float64, and by hand."""
+"""Pooling: compiled and reference against PyTorch's own in float64, and by hand."""
 
 from __future__ import annotations
 
@@ -67,6 +67,12 @@ def transpose(forward, x: Tensor, r) -> tuple[Tensor, Tensor]:
     return value, result
 
 
+def to_winners(backend, x: Tensor, r: Tensor, *window) -> Tensor:
+    """There and back: max pooling of x, and r to the elements that won."""
+    _, winners = backend.max_pool(x, *window)
+    return backend.max_unpool(r, winners, x.shape, *window)
+
+
 @every_case
 @every_device
 @pytest.mark.parametrize(("shape", "window"), WINDOWS, ids=str)
@@ -79,11 +85,14 @@ def test_max_pool(backend, device, dtype, layout, shape, window):
         x,
         lambda size: rand(*size, dtype=dtype, device=device, layout=layout),
     )
-    result = backend.max_pool(x, r, *window)
-    assert result.dtype == dtype
+    y, winners = backend.max_pool(x, *window)
+    result = backend.max_unpool(r, winners, shape, *window)
+    assert torch.equal(exact(y), MAX[len(shape) - 2](exact(x), *window))
+    assert y.dtype == result.dtype == dtype
     agree(result, expected, dtype)
     if layout in ("contiguous", "channels_last"):
         assert result.stride() == x.stride()
+        assert y.stride() == r.stride()
 
 
 @every_case
@@ -96,7 +105,9 @@ def test_adaptive_max_pool(backend, device, dtype, layout, shape, size):
         x,
         lambda size: rand(*size, dtype=dtype, device=device, layout=layout),
     )
-    agree(backend.adaptive_max_pool(x, r, size), expected, dtype)
+    y, winners = backend.adaptive_max_pool(x, size)
+    assert torch.equal(exact(y), ADAPTIVE_MAX[len(shape) - 2](exact(x), size))
+    agree(backend.adaptive_max_unpool(r, winners, shape), expected, dtype)
 
 
 AVERAGES = [
@@ -142,15 +153,46 @@ def test_max_pool_by_hand(backend):
     x = torch.tensor([[[[1.0, 5, 5], [2, 5, 0], [7, 0, 7]]]])
     r = torch.tensor([[[[1.0, 2], [4, 8]]]])
     # Windows of 2 with step 1: the first of equal maxima takes it all.
-    result = backend.max_pool(x, r, 2, 1)
+    result = to_winners(backend, x, r, 2, 1)
     assert result.tolist() == [[[[0, 3, 0], [0, 0, 0], [4, 0, 8]]]]
 
 
 @compare
 def test_max_pool_of_minus_infinity_takes_the_first(backend):
     x = torch.full((1, 1, 4), -torch.inf)
-    result = backend.max_pool(x, torch.tensor([[[1.0, 2]]]), 2)
+    result = to_winners(backend, x, torch.tensor([[[1.0, 2]]]), 2)
     assert result.tolist() == [[[1, 0, 2, 0]]]
+
+
+@every_case
+def test_max_pool_hands_nan_on(backend, dtype, layout):
+    x = rand(2, 20, 9, 8, dtype=dtype, layout=layout)
+    x[0, 3, 4, 4] = x[1, 18, 8, 0] = torch.nan
+    for window in ((2, 2), (3, 2, 1), (3, 1, 1)):
+        y, _ = backend.max_pool(x, *window)
+        assert torch.equal(y.isnan(), F.max_pool2d(x.float(), *window).isnan())
+    y, _ = backend.adaptive_max_pool(x, (4, 4))
+    assert torch.equal(y.isnan(), F.adaptive_max_pool2d(x.float(), (4, 4)).isnan())
+
+
+@needs_extension
+@pytest.mark.parametrize(("kernel", "dtype"), [(16, torch.uint8), (17, torch.int32)], ids=str)
+def test_winners_of_small_windows_take_a_byte(kernel, dtype):
+    x = torch.randn(1, 2, 40, 40)
+    y, winners = compiled.max_pool(x, kernel, 3)
+    assert winners.dtype == dtype
+    r = torch.randn_like(y)
+    torch.testing.assert_close(
+        compiled.max_unpool(r, winners, x.shape, kernel, 3), to_winners(reference, x, r, kernel, 3)
+    )
+
+
+@needs_extension
+def test_winners_of_another_pooling_do_no_harm():
+    r, shape = torch.randn(2, 3, 4, 4), [2, 3, 8, 8]
+    for winners in (torch.full(r.shape, 255), torch.randint(0, 256, r.shape)):
+        result = compiled.max_unpool(r, winners.to(torch.uint8), shape, 2)
+        assert float(result.abs().sum()) <= float(r.abs().sum()) + 1e-4
 
 
 @needs_extension
@@ -158,7 +200,9 @@ def test_max_pool_of_minus_infinity_takes_the_first(backend):
 def test_max_pool_allocates_nothing_in_proportion_to_the_window(window):
     x = torch.randn(2, 3, 4, 4)
     r = torch.randn_like(F.max_pool2d(x, *window))
-    torch.testing.assert_close(compiled.max_pool(x, r, *window), reference.max_pool(x, r, *window))
+    torch.testing.assert_close(
+        to_winners(compiled, x, r, *window), to_winners(reference, x, r, *window)
+    )
 
 
 @compare
@@ -172,7 +216,8 @@ def test_avg_pool_by_hand(backend):
 @pytest.mark.parametrize("stride", [None, [], 2, [2, 2]])
 def test_the_stride_defaults_to_the_kernel(backend, stride):
     x, r = torch.randn(2, 3, 6, 6), torch.randn(2, 3, 3, 3)
-    assert torch.equal(backend.max_pool(x, r, 2, stride), reference.max_pool(x, r, [2, 2], [2, 2]))
+    expected = to_winners(reference, x, r, [2, 2], [2, 2])
+    assert torch.equal(to_winners(backend, x, r, 2, stride), expected)
     torch.testing.assert_close(
         backend.avg_pool(r, x.shape, 2, stride), reference.avg_pool(r, x.shape, 2, 2)
     )
@@ -182,8 +227,9 @@ def test_the_stride_defaults_to_the_kernel(backend, stride):
 @every_dtype
 def test_batch_of_none(backend, dtype):
     x, r = torch.empty(0, 3, 6, 6, dtype=dtype), torch.empty(0, 3, 3, 3, dtype=dtype)
-    assert backend.max_pool(x, r, 2).shape == x.shape
-    assert backend.adaptive_max_pool(x, r, (3, 3)).shape == x.shape
+    assert to_winners(backend, x, r, 2).shape == x.shape
+    _, winners = backend.adaptive_max_pool(x, (3, 3))
+    assert backend.adaptive_max_unpool(r, winners, x.shape).shape == x.shape
     assert backend.avg_pool(r, x.shape, 2).shape == x.shape
     assert backend.adaptive_avg_pool(r, x.shape).shape == x.shape
 
@@ -198,7 +244,8 @@ def test_bits_do_not_depend_on_the_thread_count(layout):
         seen = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            seen.append((compiled.max_pool(x, r, 3, 2, 1), compiled.avg_pool(r, x.shape, 3, 2, 1)))
+            pooled = to_winners(compiled, x, r, 3, 2, 1)
+            seen.append((pooled, compiled.avg_pool(r, x.shape, 3, 2, 1)))
     finally:
         torch.set_num_threads(threads)
     for other in seen[1:]:
