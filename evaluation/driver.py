@@ -50,7 +50,9 @@ def evaluate(protocol: Protocol, folder: Path, only: str | None, jobs: int, devi
     folder.mkdir(parents=True, exist_ok=True)
     chosen = [cell for cell in protocol.cells if only in (None, cell.network)]
     tasks = [(cell, seed) for seed in protocol.seeds for cell in reversed(chosen)]
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    # A process for each network: what the libraries keep of one is gone with it.
+    fresh = {"max_tasks_per_child": 1} if sys.version_info >= (3, 11) else {}
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), **fresh) as pool:
         waiting = [pool.submit(work, c, s, protocol, folder, device) for c, s in tasks]
         for done in tqdm(as_completed(waiting), total=len(waiting), desc="networks"):
             if done.exception():
