@@ -37,6 +37,12 @@ AVERAGE_POOLS = {
     "resnet50.avgpool": ((8, 2048, 7, 7), (1, 1)),
     "vgg16.avgpool": ((4, 512, 14, 14), (7, 7)),
 }
+FIRST_LAYERS = {  # filters, kernel, stride, padding, side of the output
+    "vgg16.conv1_1": (64, 3, 1, 1, 224),
+    "resnet50.conv1": (64, 7, 2, 3, 112),
+    "mobilenet_v2.conv1": (32, 3, 2, 1, 112),
+    "vit_b_16.patches": (768, 16, 16, 0, 14),
+}
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -163,15 +169,12 @@ def test_start_at_a_target(benchmark, side):
 
 
 @pytest.mark.parametrize("side", ["aten", "compiled"])
-@pytest.mark.parametrize("name", ["vgg16.conv1_1", "resnet50.conv1"])
+@pytest.mark.parametrize("name", FIRST_LAYERS)
 def test_first_layer(benchmark, name, side, layout):
-    kernel, stride, padding, out = {
-        "vgg16.conv1_1": (3, 1, 1, 224),
-        "resnet50.conv1": (7, 2, 3, 112),
-    }[name]
+    filters, kernel, stride, padding, out = FIRST_LAYERS[name]
     x = make((2, 3, 224, 224), torch.float32, layout)
-    g = make((2, 64, out, out), torch.float32, layout)
-    weight = make((64, 3, kernel, kernel), torch.float32, layout)
+    g = make((2, filters, out, out), torch.float32, layout)
+    weight = make((filters, 3, kernel, kernel), torch.float32, layout)
     backend = {"aten": reference, "compiled": compiled}[side]
     run = lambda: backend.conv(g, weight, x.shape, stride, padding)  # noqa: E731
     measure(benchmark, f"first layer {name} {layout}", run)

@@ -54,7 +54,11 @@ class Protocol:
     stability_samples: int = 2
     cam_side: int = 4  # Grad-CAM reads the deepest layer whose maps are at least this large
 
-    ablations: tuple[tuple[str, str], ...] = (("cnn", "shapes"), ("vgg19", "cutouts"))
+    ablations: tuple[tuple[str, str], ...] = (
+        ("cnn", "shapes"),
+        ("vgg19", "cutouts"),
+        ("resnet50", "cutouts"),
+    )
     gallery: int = 3  # first test samples, drawn for the first seed
 
     cancellation: tuple[float, ...] = (1.0, 1e-1, 1e-2, 1e-4, 1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -166,13 +167,15 @@ def summary(
         ]
     rows = []
     for measure, known in MEASURES.items():
-        counts, ranks, peers = {1: 0, 0: 0, -1: 0}, [], []
+        counts, ranks, peers = Counter(), [], []
+        alike: Counter[int] = Counter()  # of them, those with the same order of means in every seed
         for cell in tables.values():
             if measure not in cell:
                 continue
             others = [s for n, s in cell[measure].items() if n not in (OURS, "random")]
             for other in others:
                 counts[other.better] += 1
+                alike[other.better] += other.seeds_for_us in (0, other.seeds)
             ours = cell[measure][OURS].mean * known.better
             ranks.append(1 + sum(other.mean * known.better > ours for other in others))
             peers.append(1 + len(others))
@@ -180,9 +183,9 @@ def summary(
             rows.append(
                 [
                     f"{known.title} {'↑' if known.better > 0 else '↓'}",
-                    str(counts[-1]),
+                    f"{counts[-1]} ({alike[-1]})",
                     str(counts[0]),
-                    str(counts[1]),
+                    f"{counts[1]} ({alike[1]})",
                     ", ".join(f"{r}/{p}" for r, p in zip(ranks, peers, strict=True)),
                 ]
             )
@@ -190,7 +193,8 @@ def summary(
     head = ["measure", "wins", "no difference", "losses", "place in each cell"]
     parts += [
         table(head, rows),
-        f"Places, in this order of cells where the measure applies: {order}.",
+        "In brackets: the means are ordered that way in every seed. Places, in this order of cells "
+        f"where the measure applies: {order}.",
     ]
     return "\n\n".join(parts)
 
@@ -345,7 +349,8 @@ def ablations(cells: dict[tuple[str, str], list[Record]]) -> str:
     """The variants of Relative LRP against it, by the same measures and tests."""
     parts = []
     for cell, records in cells.items():
-        names = [n for n in records[0]["methods"] if n not in METHODS]
+        # "default" is Relative LRP itself, by the variants' way.
+        names = [n for n in records[0]["methods"] if n not in METHODS and n != "default"]
         if not names:
             continue
         columns = {m: column(records, [OURS, *names], m) for m in MEASURES}
