@@ -6,6 +6,7 @@ reference backend runs the graph as captured instead, and both give the same rel
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -94,30 +95,52 @@ class FusedConvolution:
                 return weight, bias, None
             _, mass = run.kernels.accumulate([(weight, None)], out=folded)
             return folded, bias, mass
-        args = self.norm.args
         scale = self.scale(run, 2).view(-1)
-        shift = run.value(args["running_mean"]) * scale
-        if bias is not None:
-            shift = shift - bias * scale
-        offset: Tensor | None = run.value(args["bias"])
-        shift = -shift if offset is None else offset - shift
         factor = scale.to(accumulation_dtype(weight.dtype))
         _, mass = run.kernels.accumulate([(weight, factor)], out=folded)
-        return folded, shift, mass
+        return folded, self.shift(run, scale), mass
 
     def scale(self, run: Run, dims: int) -> Tensor:
         """What the batch norm multiplies each channel by."""
         assert self.norm is not None
         return BatchNorm().scale(run, self.norm, dims)
 
+    def shift(self, run: Run, scale: Tensor) -> Tensor:
+        """What it adds to each channel, the convolution's own bias included."""
+        assert self.norm is not None
+        args = self.norm.args
+        shift: Tensor = run.value(args["running_mean"]) * scale
+        bias: Tensor | None = run.value(self.conv.args["bias"])
+        if bias is not None:
+            shift = shift - bias * scale
+        offset: Tensor | None = run.value(args["bias"])
+        return -shift if offset is None else offset - shift
+
     def __call__(self, run: Run) -> Tensor:
         x: Tensor = run.value(self.conv.args["input"])
         other: Tensor | None = run.value(self.other)
+        if self.norm is not None and self._outweighs(run, x):
+            return self._normalize(run, x, other)
         weight, bias, mass = self.fold(run)
         y = self._convolve(run, x, other, weight, bias, mass)
-        if self.norm is not None and weight.numel() <= y.numel():
-            run.scratch[self] = weight  # for the way back; otherwise scaling g there is cheaper
+        if self.norm is not None:
+            run.scratch[self] = weight  # for the way back
         return y
+
+    def _outweighs(self, run: Run, x: Tensor) -> bool:
+        """Whether the weight has more elements than the output, which is then scaled instead."""
+        weight: Tensor = run.value(self.conv.args["weight"])
+        return weight.numel() > len(x) * math.prod(self.conv.shape(self.conv.node)[1:])
+
+    def _normalize(self, run: Run, x: Tensor, other: Tensor | None) -> Tensor:
+        args = self.conv.args
+        y: Tensor = self.conv.target(
+            x, run.value(args["weight"]), None,
+            args["stride"], args["padding"], args["dilation"], args["groups"],
+        )  # fmt: skip
+        scale = self.scale(run, y.dim())
+        shift = self.shift(run, scale.view(-1)).view_as(scale)
+        return self._finish(run, torch.addcmul(shift, y, scale, out=y), other)
 
     def _convolve(
         self,
@@ -141,6 +164,10 @@ class FusedConvolution:
         y: Tensor = self.conv.target(
             x, weight, bias, args["stride"], args["padding"], args["dilation"], args["groups"]
         )
+        return self._finish(run, y, other)
+
+    def _finish(self, run: Run, y: Tensor, other: Tensor | None) -> Tensor:
+        """The sum and the activation, in place."""
         if other is not None:
             y = y.add_(other)
         if self.activate is None:
