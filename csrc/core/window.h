@@ -42,7 +42,7 @@ struct Window {
 
   // The most inputs that an output has, and the most outputs that see an input.
   RLRP_HD int64_t most_inputs() const {
-    return min64(adaptive ? in / out + 2 : kernel, ceil_div(in, step()));
+    return min64(adaptive ? in / out + 2 : kernel, step() == 1 ? in : ceil_div(in, step()));
   }
   RLRP_HD int64_t most_outputs() const {
     return min64(adaptive ? out / in + 2 : (kernel - 1) * dilation / stride + 1, out);
@@ -53,7 +53,10 @@ struct Window {
   }
 
   // The number of input i among those of output o, which sees it.
-  RLRP_HD int64_t number(int64_t o, int64_t i) const { return (i - inputs(o).begin) / step(); }
+  RLRP_HD int64_t number(int64_t o, int64_t i) const {
+    const int64_t away = i - inputs(o).begin;
+    return step() == 1 ? away : away / step();  // divisions are slow, on a GPU above all
+  }
 
   // Number of elements of output o, with the padding counted.
   RLRP_HD int64_t padded_count(int64_t o) const {

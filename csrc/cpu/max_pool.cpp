@@ -34,11 +34,21 @@ RLRP_INLINE inline void with_constant(int64_t value, const F& f) {
   if (!found) f(std::integral_constant<int, 0>{});
 }
 
-// Along a line: the outputs that see each input.
-std::vector<Span> outputs_of(const Window& window) {
-  std::vector<Span> spans;
-  for (int64_t i = 0; i < window.in; ++i) spans.push_back(window.outputs(i));
-  return spans;
+// An output that sees an input, and the input's number in its window.
+struct Sight {
+  int64_t output, number;
+};
+
+// Those of every input along an axis, worked out once: the divisions would be felt at every pixel.
+std::vector<std::vector<Sight>> sights_of(const Window& window) {
+  std::vector<std::vector<Sight>> all(window.in);
+  for (int64_t i = 0; i < window.in; ++i) {
+    const Span span = window.outputs(i);
+    for (int64_t o = span.begin; o < span.end; ++o) {
+      if (window.sees(o, i)) all[i].push_back({o, window.number(o, i)});
+    }
+  }
+  return all;
 }
 
 // A row of pixels at a time, the lanes of a pixel side by side.
@@ -51,7 +61,9 @@ class Pixels {
   explicit Pixels(const Pooling& pooling)
       : p(pooling),
         lanes(p.channels),
-        seen_by(outputs_of(p.axis[2])),
+        width(p.axis[2].most_inputs()),
+        height(p.axis[1].most_inputs()),
+        sights{sights_of(p.axis[0]), sights_of(p.axis[1]), sights_of(p.axis[2])},
         values(max64(p.most_inputs(), p.most_outputs())),
         winners(values.size()),
         number(values.size()) {}
@@ -61,6 +73,7 @@ class Pixels {
   // The outputs of row (d, h).
   RLRP_INLINE void race(const T* x, T* y, N* won, int64_t d, int64_t h) {
     const Span ds = p.axis[0].inputs(d), hs = p.axis[1].inputs(h);
+    const int64_t most = p.most_inputs();
     for (int64_t w = 0; w < p.axis[2].out; ++w, y += lanes, won += lanes) {
       const Span ws = p.axis[2].inputs(w);
       int64_t count = 0, a = 0;
@@ -70,11 +83,12 @@ class Pixels {
           int64_t c = 0;
           for (int64_t k = ws.begin; k < ws.end; k += p.axis[2].step(), ++c, ++count) {
             values[count] = x + p.in_index(i, j, k) * lanes;
-            number[count] = static_cast<P>(p.number(a, b, c));
+            number[count] = static_cast<P>(number_of(a, b, c));
           }
         }
       }
-      with_constant<4, 9>(count, [&](auto known) RLRP_INLINE {
+      // Without padding the entrants' numbers are 0, 1, ...
+      with_constant<4, 9>(count == most ? count : 0, [&](auto known) RLRP_INLINE {
         if constexpr (known > 0) {
           race_of<known>(y, won);
         } else {
@@ -86,20 +100,15 @@ class Pixels {
 
   // The inputs of row (d, h).
   RLRP_INLINE void collect(const T* r, const N* won, T* result, int64_t d, int64_t h) {
-    const Span ds = p.axis[0].outputs(d), hs = p.axis[1].outputs(h);
     for (int64_t w = 0; w < p.axis[2].in; ++w, result += lanes) {
       int64_t count = 0;
-      for (int64_t i = ds.begin; i < ds.end; ++i) {
-        if (!p.axis[0].sees(i, d)) continue;
-        for (int64_t j = hs.begin; j < hs.end; ++j) {
-          if (!p.axis[1].sees(j, h)) continue;
-          const int64_t plane = p.number(p.axis[0].number(i, d), p.axis[1].number(j, h), 0);
-          for (int64_t k = seen_by[w].begin; k < seen_by[w].end; ++k) {
-            if (!p.axis[2].sees(k, w)) continue;
-            const int64_t at = p.out_index(i, j, k) * lanes;
+      for (const Sight& i : sights[0][d]) {
+        for (const Sight& j : sights[1][h]) {
+          for (const Sight& k : sights[2][w]) {
+            const int64_t at = p.out_index(i.output, j.output, k.output) * lanes;
             values[count] = r + at;
             winners[count] = won + at;
-            number[count++] = static_cast<P>(plane + p.axis[2].number(k, w));
+            number[count++] = static_cast<P>(number_of(i.number, j.number, k.number));
           }
         }
       }
@@ -116,19 +125,23 @@ class Pixels {
  private:
   const Pooling& p;
   const int64_t lanes;
-  const std::vector<Span> seen_by;
+  const int64_t width, height;  // of a window
+  const std::vector<std::vector<Sight>> sights[3];
   std::vector<const T*> values;    // what races, or what may be collected
   std::vector<const N*> winners;   // of the windows it comes from
   std::vector<P> number;           // in its window
   A best[kLanes];
   P at[kLanes];
 
+  // Pooling::number, without its divisions.
+  RLRP_INLINE int64_t number_of(int64_t a, int64_t b, int64_t c) const {
+    return (a * height + b) * width + c;
+  }
+
   template <int kCount>
   RLRP_INLINE void race_of(T* y, N* won) {
     const T* x[kCount];
-    P index[kCount];
     std::copy_n(values.data(), kCount, x);
-    std::copy_n(number.data(), kCount, index);
 #pragma omp simd
     for (int64_t l = 0; l < lanes; ++l) {
       A highest = widen(x[0][l]);
@@ -138,7 +151,7 @@ class Pixels {
         const A here = widen(x[t][l]);
         const bool higher = beats(here, highest);
         highest = higher ? here : highest;
-        winner = higher ? index[t] : winner;
+        winner = higher ? P(t) : winner;
       }
       y[l] = narrow<T>(highest);
       won[l] = static_cast<N>(winner);
