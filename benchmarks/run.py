@@ -263,7 +263,7 @@ def inspect(cell: Cell, args: argparse.Namespace) -> None:
 
 
 def time_kernels() -> list[dict[str, Any]]:
-    """Medians of ``test_kernels.py``, one row per group."""
+    """Medians of ``test_kernels.py``, one row for each kernel and size."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "kernels.json"
         tests = Path(__file__).with_name("test_kernels.py")
@@ -273,12 +273,10 @@ def time_kernels() -> list[dict[str, Any]]:
             check=True,
         )
         benchmarks = json.loads(result.read_text())["benchmarks"]
-    groups: dict[str, dict[str, float]] = {}
-    for benchmark in benchmarks:
-        ours = benchmark["params"]["side"] in ("compiled", "rows")
-        sides = groups.setdefault(benchmark["group"], {})
-        sides["compiled_s" if ours else "aten_s"] = benchmark["stats"]["median"]
-    return [{"group": group, **sides} for group, sides in groups.items() if len(sides) == 2]
+    return [
+        {"kernel": b["name"], "compiled_s": b["stats"]["median"], **b["extra_info"]}
+        for b in benchmarks
+    ]
 
 
 # --- all together -------------------------------------------------------------------------------

@@ -1,12 +1,16 @@
 """Each compiled kernel against the plain ATen composition it replaces.
 
-    pytest benchmarks/test_kernels.py --benchmark-group-by=group
+    pytest benchmarks/test_kernels.py --benchmark-json=out.json
 
-Both sides of a group run in the same process, so their ratio means something even on a busy
-machine. Sizes are those of VGG16 and ResNet50 at 224², a few images at a time.
+The two sides take turns, A B A B …, so that their ratio means something even on a busy machine.
+pytest-benchmark times ours; ATen's median and the median of the ratios of each turn stand in its
+``extra_info``. Sizes are those of VGG16 and ResNet50 at 224², a few images at a time.
 """
 
 from __future__ import annotations
+
+from statistics import median
+from time import perf_counter
 
 import pytest
 import torch
@@ -20,6 +24,7 @@ if not compiled.available():
 aten = torch.ops.aten
 DEVICE = "cuda" if torch.cuda.is_available() and compiled.cuda_available() else "cpu"
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+ROUNDS = 15
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # (N, C, H, W): after VGG16's second convolution, in ResNet50's second and fourth stage.
@@ -33,6 +38,7 @@ MAX_POOLS = {
     "vgg16.pool4": ((4, 512, 28, 28), (2, 2, 0)),
     "resnet50.maxpool": ((4, 64, 112, 112), (3, 2, 1)),
 }
+POOLS = (torch.nn.functional.max_pool1d, torch.nn.functional.max_pool2d)
 AVERAGE_POOLS = {
     "resnet50.avgpool": ((8, 2048, 7, 7), (1, 1)),
     "vgg16.avgpool": ((4, 512, 14, 14), (7, 7)),
@@ -60,16 +66,28 @@ def make(shape, dtype, layout):
     return torch.randn(shape, device=DEVICE).to(dtype).contiguous(memory_format=layout)
 
 
-def measure(benchmark, group, run):
-    benchmark.group = group
+def compare(benchmark, title, aten, compiled):
+    """Times both, in turns."""
 
-    def timed():
+    def timed(run):
         result = run()
         if DEVICE == "cuda":
             torch.cuda.synchronize()
         return result
 
-    benchmark.pedantic(timed, rounds=7, warmup_rounds=2)
+    def the_other():
+        start = perf_counter()
+        timed(aten)
+        others.append(perf_counter() - start)
+
+    others: list[float] = []
+    benchmark.name = title
+    benchmark.pedantic(timed, (compiled,), setup=the_other, rounds=ROUNDS, warmup_rounds=2)
+    if benchmark.stats is not None:  # None with --benchmark-disable
+        ours = benchmark.stats.stats.data
+        others = others[-len(ours) :]
+        ratios = [other / own for other, own in zip(others, ours, strict=True)]
+        benchmark.extra_info.update(aten_s=median(others), ratio=median(ratios))
 
 
 def plain_product(x, g):
@@ -94,99 +112,113 @@ def plain_split(a, b, t, f):
 
 
 def plain_max_pool(x, r, kernel, stride, padding):
-    window = ([kernel] * 2, [stride] * 2, [padding] * 2, [1, 1], False)
+    if x.dim() == 3:  # as torch does it
+        x, r = x.unsqueeze(2), r.unsqueeze(2)
+        window = ([1, kernel], [1, stride], [0, padding], [1, 1], False)
+    else:
+        window = ([kernel] * 2, [stride] * 2, [padding] * 2, [1, 1], False)
     _, index = aten.max_pool2d_with_indices(x, *window)
     return aten.max_pool2d_with_indices_backward(r, x, *window, index)
 
 
-@pytest.mark.parametrize("side", ["aten", "compiled"])
 @pytest.mark.parametrize("name", ELEMENTWISE)
 @pytest.mark.parametrize("kernel", ["product", "accumulate", "split"])
-def test_elementwise(benchmark, kernel, name, side, dtype, layout):
+def test_elementwise(benchmark, kernel, name, dtype, layout):
     x, g, t = (make(ELEMENTWISE[name], dtype, layout) for _ in range(3))
     f = torch.rand(len(x), device=DEVICE)
-    run = {
-        ("product", "aten"): lambda: plain_product(x, g),
-        ("product", "compiled"): lambda: compiled.product(x, g),
-        ("accumulate", "aten"): lambda: plain_accumulate(x, f, g, f),
-        ("accumulate", "compiled"): lambda: compiled.accumulate([(x, f), (g, f)]),
-        ("split", "aten"): lambda: plain_split(x, g, t, f),
-        ("split", "compiled"): lambda: compiled.split(x, g, [(t, f)]),
-    }[kernel, side]
-    measure(benchmark, f"{kernel} {name} {dtype} {layout}", run)
+    sides = {
+        "product": (lambda: plain_product(x, g), lambda: compiled.product(x, g)),
+        "accumulate": (
+            lambda: plain_accumulate(x, f, g, f),
+            lambda: compiled.accumulate([(x, f), (g, f)]),
+        ),
+        "split": (lambda: plain_split(x, g, t, f), lambda: compiled.split(x, g, [(t, f)])),
+    }[kernel]
+    compare(benchmark, f"{kernel} {name} {dtype} {layout}", *sides)
 
 
-@pytest.mark.parametrize("side", ["aten", "compiled"])
-@pytest.mark.parametrize("name", MAX_POOLS)
-def test_max_pool(benchmark, name, side, dtype, layout):
+def compare_max_pool(benchmark, title, x, window):
     """The model's forward, and the relevance of its maxima."""
-    shape, window = MAX_POOLS[name]
-    x = make(shape, dtype, layout)
-    r = torch.randn_like(torch.nn.functional.max_pool2d(x, *window))
+    r = torch.randn_like(POOLS[x.dim() - 3](x, *window))
 
     def there_and_back():
         _, winners = compiled.max_pool(x, *window)
         return compiled.max_unpool(r, winners, x.shape, *window)
 
-    run = {"aten": lambda: plain_max_pool(x, r, *window), "compiled": there_and_back}[side]
-    measure(benchmark, f"max_pool {name} {dtype} {layout}", run)
+    compare(benchmark, title, lambda: plain_max_pool(x, r, *window), there_and_back)
 
 
-@pytest.mark.parametrize("side", ["aten", "compiled"])
+@pytest.mark.parametrize("name", MAX_POOLS)
+def test_max_pool(benchmark, name, dtype, layout):
+    shape, window = MAX_POOLS[name]
+    title = f"max_pool {name} {dtype} {layout}"
+    compare_max_pool(benchmark, title, make(shape, dtype, layout), window)
+
+
+@pytest.mark.parametrize("window", [(4, 4, 0), (3, 2, 1)])
+def test_max_pool_of_signals(benchmark, window, dtype):
+    x = make((8, 64, 8192), dtype, torch.contiguous_format)
+    compare_max_pool(benchmark, f"max_pool signals {window} {dtype}", x, window)
+
+
 @pytest.mark.parametrize("name", AVERAGE_POOLS)
-def test_adaptive_avg_pool(benchmark, name, side, dtype, layout):
+def test_adaptive_avg_pool(benchmark, name, dtype, layout):
     shape, size = AVERAGE_POOLS[name]
     r = make((*shape[:2], *size), dtype, layout)
     x = make(shape, dtype, layout)
-    run = {
-        "aten": lambda: aten._adaptive_avg_pool2d_backward(r, x),
-        "compiled": lambda: compiled.adaptive_avg_pool(r, shape),
-    }[side]
-    measure(benchmark, f"adaptive_avg_pool {name} {dtype} {layout}", run)
+    compare(
+        benchmark,
+        f"adaptive_avg_pool {name} {dtype} {layout}",
+        lambda: aten._adaptive_avg_pool2d_backward(r, x),
+        lambda: compiled.adaptive_avg_pool(r, shape),
+    )
 
 
-@pytest.mark.parametrize("side", ["aten", "compiled"])
-def test_avg_pool(benchmark, side, dtype, layout):
+def test_avg_pool(benchmark, dtype, layout):
     shape = (4, 256, 56, 56)  # densenet121.transition1
     x, r = make(shape, dtype, layout), make((4, 256, 28, 28), dtype, layout)
     two, none = [2, 2], [0, 0]
-    run = {
-        "aten": lambda: aten.avg_pool2d_backward(r, x, two, two, none, False, True, None),
-        "compiled": lambda: compiled.avg_pool(r, shape, 2),
-    }[side]
-    measure(benchmark, f"avg_pool densenet121.transition1 {dtype} {layout}", run)
+    compare(
+        benchmark,
+        f"avg_pool densenet121.transition1 {dtype} {layout}",
+        lambda: aten.avg_pool2d_backward(r, x, two, two, none, False, True, None),
+        lambda: compiled.avg_pool(r, shape, 2),
+    )
 
 
-@pytest.mark.parametrize("side", ["one-hot", "rows"])
-def test_start_at_a_target(benchmark, side):
+def test_start_at_a_target(benchmark):
     weight, index = torch.randn(1000, 2048, device=DEVICE), torch.arange(8, device=DEVICE)
     one_hot = torch.nn.functional.one_hot(index, 1000).float()
-    run = {
-        "one-hot": lambda: reference.linear(one_hot, weight),
-        "rows": lambda: compiled.linear_rows(weight, index),
-    }[side]
-    measure(benchmark, "start resnet50.fc", run)
+    compare(
+        benchmark,
+        "start resnet50.fc",
+        lambda: reference.linear(one_hot, weight),
+        lambda: compiled.linear_rows(weight, index),
+    )
 
 
-@pytest.mark.parametrize("side", ["aten", "compiled"])
+def compare_conv(benchmark, title, g, weight, shape, *window):
+    compare(
+        benchmark,
+        title,
+        lambda: reference.conv(g, weight, shape, *window),
+        lambda: compiled.conv(g, weight, shape, *window),
+    )
+
+
 @pytest.mark.parametrize("name", FIRST_LAYERS)
-def test_first_layer(benchmark, name, side, layout):
+def test_first_layer(benchmark, name, layout):
     filters, kernel, stride, padding, out = FIRST_LAYERS[name]
-    x = make((2, 3, 224, 224), torch.float32, layout)
     g = make((2, filters, out, out), torch.float32, layout)
     weight = make((filters, 3, kernel, kernel), torch.float32, layout)
-    backend = {"aten": reference, "compiled": compiled}[side]
-    run = lambda: backend.conv(g, weight, x.shape, stride, padding)  # noqa: E731
-    measure(benchmark, f"first layer {name} {layout}", run)
+    title = f"first layer {name} {layout}"
+    compare_conv(benchmark, title, g, weight, (2, 3, 224, 224), stride, padding)
 
 
-@pytest.mark.parametrize("side", ["aten", "compiled"])
 @pytest.mark.parametrize("shape", [(64, 256, 56), (256, 64, 56), (1024, 256, 14), (512, 2048, 7)])
-def test_pointwise_gradient(benchmark, shape, side):
+def test_pointwise_gradient(benchmark, shape):
     channels, out, size = shape
-    x = make((8, channels, size, size), torch.float32, torch.channels_last)
     g = make((8, out, size, size), torch.float32, torch.channels_last)
     weight = make((out, channels, 1, 1), torch.float32, torch.channels_last)
-    backend = {"aten": reference, "compiled": compiled}[side]
-    run = lambda: backend.conv(g, weight, x.shape)  # noqa: E731
-    measure(benchmark, f"pointwise {channels} to {out} at {size}", run)
+    title = f"pointwise {channels} to {out} at {size}"
+    compare_conv(benchmark, title, g, weight, (8, channels, size, size))

@@ -7,6 +7,8 @@ namespace rlrp {
 
 struct Span {
   int64_t begin, end;  // end is exclusive
+
+  RLRP_HD bool has(int64_t i) const { return begin <= i && i < end; }
 };
 
 struct Window {

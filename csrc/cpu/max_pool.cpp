@@ -1,8 +1,8 @@
 // Max pooling. Forwards the inputs of a window race, and the number of the winner is kept: in a byte where
 // windows are small. Backwards each input collects the relevance of the windows it won.
 //
-// Loops run over lanes that lie next to each other: the channels of a pixel in channels_last images, the
-// outputs of a row in contiguous ones.
+// In channels_last images loops run over the channels of a pixel, which lie next to each other. In contiguous
+// ones, where neighbours are a stride apart, one output follows the other.
 #include "pooling.h"
 
 #include <algorithm>
@@ -20,11 +20,17 @@ constexpr int64_t kGrain = 65536;  // elements that make a task worth its while
 template <class T>
 using position_t = std::conditional_t<sizeof(wide_t<T>) == 8, int64_t, int32_t>;
 
-// won ? r : 0. The choice is made in bits: of a conditional the compiler makes branches.
+// first ? a : b. The choice is made in bits: of a conditional the compiler makes branches.
+template <class A>
+RLRP_INLINE inline A choose(bool first, A a, A b) {
+  using Bits = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+  const Bits mask = -static_cast<Bits>(first);
+  return std::bit_cast<A>((std::bit_cast<Bits>(a) & mask) | (std::bit_cast<Bits>(b) & ~mask));
+}
+
 template <class A>
 RLRP_INLINE inline A if_won(bool won, A r) {
-  using Bits = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
-  return std::bit_cast<A>(std::bit_cast<Bits>(r) & -static_cast<Bits>(won));
+  return choose(won, r, A(0));
 }
 
 // Calls f with `value` as a constant if it is one of those listed, else with 0.
@@ -67,8 +73,6 @@ class Pixels {
         values(max64(p.most_inputs(), p.most_outputs())),
         winners(values.size()),
         number(values.size()) {}
-
-  static int64_t images(const Pooling& p) { return p.batch; }
 
   // The outputs of row (d, h).
   RLRP_INLINE void race(const T* x, T* y, N* won, int64_t d, int64_t h) {
@@ -220,202 +224,159 @@ class Pixels {
   }
 };
 
-// A row of a contiguous plane at a time, its outputs side by side, `kStride` apart at the input; 0 where
-// that is no small constant, and outputs are treated one by one.
-template <class T, class N, int kStride>
-class Rows {
+// A contiguous plane at a time, one output after the other.
+template <class T, class N>
+class Planes {
  public:
   using A = wide_t<T>;
-  using P = position_t<T>;
 
-  explicit Rows(const Pooling& pooling)
+  explicit Planes(const Pooling& pooling)
       : p(pooling),
-        along(p.axis[2]),
-        inner(kStride == 0 ? Span{0, 0} : along.whole()),
-        padding(kStride == 0 ? 0 : along.padding),
-        pitch(ceil_div(along.in + padding, kPhases)),
-        best(along.out),
-        at(along.out),
-        sums(kPhases * pitch) {}
-
-  static int64_t images(const Pooling& p) { return p.batch * p.channels; }
-
-  RLRP_INLINE void race(const T* x, T* y, N* won, int64_t d, int64_t h) {
-    const Span ds = p.axis[0].inputs(d), hs = p.axis[1].inputs(h);
-    if (inner.begin < inner.end) {
-      A* highest = best.data();
-      P* winner = at.data();
-      std::fill_n(highest, along.out, A(-INFINITY));
-      std::fill_n(winner, along.out, P(0));
-      int64_t a = 0;
-      for (int64_t i = ds.begin; i < ds.end; i += p.axis[0].step(), ++a) {
-        int64_t b = 0;
-        for (int64_t j = hs.begin; j < hs.end; j += p.axis[1].step(), ++b) {
-          for (int64_t k = 0; k < along.kernel; ++k) {
-            const T* value = x + p.in_index(i, j, inner.begin * kStride - padding + k * along.dilation);
-            const P index = static_cast<P>(p.number(a, b, k));
-            A* high = highest + inner.begin;
-            P* which = winner + inner.begin;
-#pragma omp simd
-            for (int64_t o = 0; o < inner.end - inner.begin; ++o) {
-              const A here = widen(value[o * kStride]);
-              const bool higher = beats(here, high[o]);
-              high[o] = higher ? here : high[o];
-              which[o] = higher ? index : which[o];
-            }
-          }
+        whole{p.axis[0].whole(), p.axis[1].whole(), p.axis[2].whole()},
+        first{firsts_of(p.axis[0]), firsts_of(p.axis[1]), firsts_of(p.axis[2])},
+        offsets(p.most_inputs()) {
+    int64_t number = 0;
+    for (int64_t a = 0; a < p.axis[0].most_inputs(); ++a) {
+      for (int64_t b = 0; b < p.axis[1].most_inputs(); ++b) {
+        for (int64_t c = 0; c < p.axis[2].most_inputs(); ++c) {
+          offsets[number++] =
+              p.in_index(a * p.axis[0].step(), b * p.axis[1].step(), c * p.axis[2].step());
         }
       }
-#pragma omp simd
-      for (int64_t o = inner.begin; o < inner.end; ++o) {
-        y[o] = narrow<T>(highest[o]);
-        won[o] = static_cast<N>(winner[o]);
-      }
     }
-    each_border([&](int64_t o) RLRP_INLINE {
-      const Winner<T> found = winner(p, x, 1, d, h, o);
-      y[o] = found.value;
-      won[o] = static_cast<N>(found.number);
+  }
+
+  RLRP_INLINE void race(const T* x, T* y, N* won) {
+    with_constant<2, 3, 4, 9>(p.most_inputs(), [&](auto known) RLRP_INLINE {
+      const int64_t* offset = offsets.data();
+      const int64_t count = known > 0 ? int64_t{known} : p.most_inputs();
+      for (int64_t d = 0; d < p.axis[0].out; ++d) {
+        for (int64_t h = 0; h < p.axis[1].out; ++h) {
+          const bool inside = whole[0].has(d) && whole[1].has(h);
+          const Span inner = inside ? whole[2] : Span{0, 0};
+          const T* window = x + p.in_index(first[0][d], first[1][h], 0);
+          int64_t w = 0;
+          const auto border = [&]() RLRP_INLINE {
+            const Winner<T> found = winner(p, x, 1, d, h, w);
+            *y++ = found.value;
+            *won++ = static_cast<N>(found.number);
+          };
+          for (; w < inner.begin; ++w) border();
+          for (; w < inner.end; ++w) {
+            const T* element = window + first[2][w];
+            A highest = widen(element[0]);
+            int64_t number = 0;
+#pragma GCC unroll 16
+            for (int64_t t = 1; t < count; ++t) {
+              const A here = widen(element[offset[t]]);
+              const bool higher = beats(here, highest);
+              highest = choose(higher, here, highest);
+              number = choose(higher, t, number);
+            }
+            *y++ = narrow<T>(highest);
+            *won++ = static_cast<N>(number);
+          }
+          for (; w < p.axis[2].out; ++w) border();
+        }
+      }
     });
   }
 
-  // Relevance is collected with inputs `kStride` apart next to each other, and sorted on its way out.
-  RLRP_INLINE void collect(const T* r, const N* won, T* result, int64_t d, int64_t h) {
-    const Span ds = p.axis[0].outputs(d), hs = p.axis[1].outputs(h);
-    A* sum = sums.data();
-    std::fill_n(sum, kPhases * pitch, A(0));
-    for (int64_t i = ds.begin; i < ds.end; ++i) {
-      if (!p.axis[0].sees(i, d)) continue;
-      for (int64_t j = hs.begin; j < hs.end; ++j) {
-        if (!p.axis[1].sees(j, h)) continue;
-        const int64_t plane = p.number(p.axis[0].number(i, d), p.axis[1].number(j, h), 0);
-        const T* row = r + p.out_index(i, j, 0);
-        const N* winner = won + p.out_index(i, j, 0);
-        if (inner.begin < inner.end) {
-          for (int64_t k = 0; k < along.kernel; ++k) {
-            A* to = sum + place(inner.begin * kPhases + k * along.dilation);
-            const T* from = row + inner.begin;
-            const N* which = winner + inner.begin;
-            const P index = static_cast<P>(plane + k);
-#pragma omp simd
-            for (int64_t o = 0; o < inner.end - inner.begin; ++o) {
-              to[o] += if_won(static_cast<P>(which[o]) == index, widen(from[o]));
-            }
-          }
+  RLRP_INLINE void collect(const T* r, const N* won, T* result) {
+    A* sum = target(result);
+    std::fill_n(sum, p.in_plane(), A(0));
+    const uint64_t count = offsets.size(), size = p.in_plane();
+    for (int64_t d = 0; d < p.axis[0].out; ++d) {
+      for (int64_t h = 0; h < p.axis[1].out; ++h) {
+        const int64_t row = p.in_index(first[0][d], first[1][h], 0);
+        for (int64_t w = 0; w < p.axis[2].out; ++w, ++r, ++won) {
+          const uint64_t number = static_cast<uint64_t>(*won);
+          if (number >= count) continue;  // no winner of this pooling, as any tensor may be given
+          const uint64_t at = row + first[2][w] + offsets[number];
+          if (at < size) sum[at] += widen(*r);
         }
-        each_border([&](int64_t o) RLRP_INLINE {
-          const Span ks = along.inputs(o);
-          int64_t index = plane;
-          for (int64_t k = ks.begin; k < ks.end; k += along.step(), ++index) {
-            if (static_cast<int64_t>(winner[o]) == index) sum[place(k + padding)] += widen(row[o]);
-          }
-        });
       }
     }
-    const A* phase[kPhases];
-    for (int f = 0; f < kPhases; ++f) phase[f] = sum + place(f + padding);
-    const int64_t whole = along.in / kPhases;
-#pragma omp simd
-    for (int64_t k = 0; k < whole; ++k) {
-#pragma GCC unroll 4
-      for (int f = 0; f < kPhases; ++f) result[k * kPhases + f] = narrow<T>(phase[f][k]);
-    }
-    for (int64_t k = whole * kPhases; k < along.in; ++k) {
-      result[k] = narrow<T>(phase[k % kPhases][whole]);
+    if constexpr (!std::is_same_v<A, T>) {
+      std::transform(sum, sum + p.in_plane(), result, [](A value) RLRP_INLINE { return narrow<T>(value); });
     }
   }
 
  private:
-  static constexpr int kPhases = kStride == 0 ? 1 : kStride;
-
   const Pooling& p;
-  const Window& along;
-  const Span inner;       // the outputs that see no padding
-  const int64_t padding;  // that is kept in `sums`
-  const int64_t pitch;    // inputs k, k + kPhases, ... are neighbours there; the phases lie `pitch` apart
-  std::vector<A> best;
-  std::vector<P> at;
-  std::vector<A> sums;
+  const Span whole[3];                  // the outputs that see no padding
+  const std::vector<int64_t> first[3];  // the first input of every output that is no padding
+  std::vector<int64_t> offsets;         // of a window's elements from its first, by their number
+  std::vector<A> sums;                  // of a plane, where T is too narrow for them
 
-  RLRP_INLINE static int64_t place_of(int64_t k, int64_t pitch) {
-    return k % kPhases * pitch + k / kPhases;
+  static std::vector<int64_t> firsts_of(const Window& window) {
+    std::vector<int64_t> all(window.out);
+    for (int64_t o = 0; o < window.out; ++o) all[o] = window.inputs(o).begin;
+    return all;
   }
-  // Where input k, counted from the first padding, lies in `sums`.
-  RLRP_INLINE int64_t place(int64_t k) const { return place_of(k, pitch); }
 
-  template <class F>
-  RLRP_INLINE void each_border(const F& f) const {
-    for (int64_t o = 0; o < inner.begin; ++o) f(o);
-    for (int64_t o = inner.end; o < along.out; ++o) f(o);
+  RLRP_INLINE A* target(T* result) {
+    if constexpr (std::is_same_v<A, T>) {
+      return result;
+    } else {
+      sums.resize(p.in_plane());
+      return sums.data();
+    }
   }
 };
 
-// Calls f(worker, image, d, h) for every row of an image's outputs or inputs.
+// Calls f(worker, k) for every k below `tasks`; each treats so many elements.
 template <class Worker, class F>
-void each_row(const Pooling& p, int64_t depth, int64_t height, int64_t row_elements, const F& f) {
-  const int64_t rows = depth * height;
-  torch::stable::parallel_for(
-      0, Worker::images(p) * rows, ceil_div(kGrain, row_elements), [&](int64_t first, int64_t last) {
-        Worker worker(p);
-        simd::run([&]() RLRP_INLINE {
-          for (int64_t k = first; k < last; ++k) {
-            f(worker, k / rows, k % rows / height, k % height);
-          }
-        });
-      });
-}
-
-template <class Worker, class T, class N>
-void race(const Pooling& p, int64_t lanes, const T* x, T* y, N* winners) {
-  const int64_t in = p.in_plane() * lanes, out = p.out_plane() * lanes;
-  const int64_t elements = out / (p.axis[0].out * p.axis[1].out) * p.most_inputs();
-  each_row<Worker>(p, p.axis[0].out, p.axis[1].out, elements,
-                   [&](Worker& worker, int64_t image, int64_t d, int64_t h) RLRP_INLINE {
-                     const int64_t row = image * out + p.out_index(d, h, 0) * lanes;
-                     worker.race(x + image * in, y + row, winners + row, d, h);
-                   });
-}
-
-template <class Worker, class T, class N>
-void collect(const Pooling& p, int64_t lanes, const N* winners, const T* r, T* result) {
-  const int64_t in = p.in_plane() * lanes, out = p.out_plane() * lanes;
-  const int64_t elements = in / (p.axis[0].in * p.axis[1].in) * p.most_outputs();
-  each_row<Worker>(p, p.axis[0].in, p.axis[1].in, elements,
-                   [&](Worker& worker, int64_t image, int64_t d, int64_t h) RLRP_INLINE {
-                     T* row = result + image * in + p.in_index(d, h, 0) * lanes;
-                     worker.collect(r + image * out, winners + image * out, row, d, h);
-                   });
-}
-
-// Calls f(Worker*, lanes).
-template <class T, class N, class F>
-void with_worker(const Pooling& p, bool channels_last, const F& f) {
-  if (channels_last) return f(static_cast<Pixels<T, N>*>(nullptr), p.channels);
-  if constexpr (sizeof(N) == 1) {  // no window is adaptive, and none is large
-    with_constant<1, 2>(p.axis[2].stride,
-                        [&](auto known) { f(static_cast<Rows<T, N, known>*>(nullptr), 1); });
-  } else {
-    f(static_cast<Rows<T, N, 0>*>(nullptr), 1);
-  }
+void each(const Pooling& p, int64_t tasks, int64_t elements, const F& f) {
+  torch::stable::parallel_for(0, tasks, ceil_div(kGrain, elements), [&](int64_t first, int64_t last) {
+    Worker worker(p);
+    simd::run([&]() RLRP_INLINE {
+      for (int64_t k = first; k < last; ++k) f(worker, k);
+    });
+  });
 }
 
 struct Cpu {
   template <class T, class N>
   static void race(const Tensor& y, const Tensor& winners, const Pooling& p, bool channels_last,
                    const T* x) {
-    with_worker<T, N>(p, channels_last, [&](auto* worker, int64_t lanes) {
-      using Worker = std::remove_pointer_t<decltype(worker)>;
-      rlrp::race<Worker>(p, lanes, x, result_of<T>(y), result_of<N>(winners));
-    });
+    T* maxima = result_of<T>(y);
+    N* won = result_of<N>(winners);
+    const int64_t in = p.in_plane(), out = p.out_plane();
+    if (!channels_last) {
+      each<Planes<T, N>>(p, p.batch * p.channels, out * p.most_inputs(),
+                         [&](Planes<T, N>& worker, int64_t k) RLRP_INLINE {
+                           worker.race(x + k * in, maxima + k * out, won + k * out);
+                         });
+      return;
+    }
+    const int64_t height = p.axis[1].out, rows = p.axis[0].out * height, row = out / rows * p.channels;
+    each<Pixels<T, N>>(p, p.batch * rows, row * p.most_inputs(),
+                       [&](Pixels<T, N>& worker, int64_t k) RLRP_INLINE {
+                         const T* image = x + k / rows * in * p.channels;
+                         worker.race(image, maxima + k * row, won + k * row, k % rows / height, k % height);
+                       });
   }
 
   template <class T, class N>
   static void collect(const Tensor& result, const Pooling& p, bool channels_last, const N* winners,
                       const T* r) {
-    with_worker<T, N>(p, channels_last, [&](auto* worker, int64_t lanes) {
-      using Worker = std::remove_pointer_t<decltype(worker)>;
-      rlrp::collect<Worker>(p, lanes, winners, r, result_of<T>(result));
-    });
+    T* relevance = result_of<T>(result);
+    const int64_t in = p.in_plane(), out = p.out_plane();
+    if (!channels_last) {
+      each<Planes<T, N>>(p, p.batch * p.channels, in + out,
+                         [&](Planes<T, N>& worker, int64_t k) RLRP_INLINE {
+                           worker.collect(r + k * out, winners + k * out, relevance + k * in);
+                         });
+      return;
+    }
+    const int64_t height = p.axis[1].in, rows = p.axis[0].in * height, row = in / rows * p.channels;
+    each<Pixels<T, N>>(p, p.batch * rows, row * p.most_outputs(),
+                       [&](Pixels<T, N>& worker, int64_t k) RLRP_INLINE {
+                         const int64_t image = k / rows * out * p.channels;
+                         worker.collect(r + image, winners + image, relevance + k * row,
+                                        k % rows / height, k % height);
+                       });
   }
 };
 
