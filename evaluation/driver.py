@@ -45,7 +45,7 @@ def shake(protocol: Protocol, folder: Path) -> None:
 
 
 def evaluate(protocol: Protocol, folder: Path, only: str | None, jobs: int, device: str) -> None:
-    """All cells that are missing, seed by seed, then the robustness section."""
+    """All cells that are missing, seed by seed, and the robustness section."""
     start = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     chosen = [cell for cell in protocol.cells if only in (None, cell.network)]
@@ -54,13 +54,17 @@ def evaluate(protocol: Protocol, folder: Path, only: str | None, jobs: int, devi
     fresh = {"max_tasks_per_child": 1} if sys.version_info >= (3, 11) else {}
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), **fresh) as pool:
         waiting = [pool.submit(work, c, s, protocol, folder, device) for c, s in tasks]
+        first, shaken = waiting[: len(chosen)], None
         for done in tqdm(as_completed(waiting), total=len(waiting), desc="networks"):
             if done.exception():
                 pool.shutdown(cancel_futures=True)  # say so now, not after all the others
             done.result()
-        if only is None:
+            # Beside the last networks; it reads those of the first seed.
+            if shaken is None and only is None and all(task.done() for task in first):
+                shaken = pool.submit(shake, protocol, folder)
+        if shaken is not None:
             print("robustness …")
-            pool.submit(shake, protocol, folder).result()
+            shaken.result()
     note(folder, time.perf_counter() - start, jobs, device)
 
 

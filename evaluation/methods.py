@@ -40,6 +40,7 @@ class Method:
     source: str
     law: str = ""  # "mass": Σ|R| ≤ 1; "logit": ΣR = f(x); "rise": f(x) − f(0)
     convolutions_only: bool = False  # in a dense network it is another one of these methods
+    live: bool = False  # reads the network's weights anew at every call
 
 
 def relative_lrp(network: nn.Module, data: Data, protocol: Protocol) -> Explain:
@@ -173,7 +174,7 @@ def zennit(composite: str) -> Callable[[nn.Module, Data, Protocol], Explain]:
 
 
 METHODS: dict[str, Method] = {
-    OURS: Method(relative_lrp, "this package", "mass"),
+    OURS: Method(relative_lrp, "this package", "mass", live=True),
     "Captum LRP": Method(captum_lrp, "captum LRP, its default ε rule", "logit"),
     "zennit ε": Method(zennit("Epsilon"), "zennit Epsilon in every layer", "logit"),
     "EpsilonPlus": Method(zennit("EpsilonPlus"), "zennit EpsilonPlus", "logit", True),
@@ -201,9 +202,9 @@ def variants() -> dict[str, Method]:
     from evaluation.variants import VARIANTS
 
     def wrap(make: Callable[[nn.Module], Explain]) -> Method:
-        return Method(lambda network, data, protocol: make(network), "ablation")
+        return Method(lambda network, data, protocol: make(network), "ablation", live=True)
 
-    return {name: wrap(make) for name, make in VARIANTS.items()}
+    return {name: wrap(make) for name, make in VARIANTS.items() if name != "default"}
 
 
 def applicable(methods: dict[str, Method], network: nn.Module) -> Iterator[tuple[str, Method]]:
@@ -214,12 +215,30 @@ def applicable(methods: dict[str, Method], network: nn.Module) -> Iterator[tuple
             yield name, method
 
 
-def prepare(method: Method, network: nn.Module, data: Data, protocol: Protocol) -> Explain:
-    """The method on a copy of the network; its maps are detached, its inputs never changed."""
-    explain = method.build(copy.deepcopy(network), data, protocol)
+@dataclass
+class Prepared:
+    """A method on a copy of a network; its maps are detached, its inputs never changed."""
+
+    method: Method
+    network: nn.Module
+    data: Data
+    protocol: Protocol
+
+    def __post_init__(self) -> None:
+        self.explain = self.method.build(self.network, self.data, self.protocol)
 
     @torch.enable_grad()  # Captum's metrics call it without
-    def safely(x: Tensor, target: Tensor | int) -> Tensor:
-        return explain(x.detach().clone(), target).detach()
+    def __call__(self, x: Tensor, target: Tensor | int) -> Tensor:
+        return self.explain(x.detach().clone(), target).detach()
 
-    return safely
+    def on(self, network: nn.Module) -> Prepared:
+        """The method on a network of the same structure; this one may be spent."""
+        if not self.method.live:
+            return prepare(self.method, network, self.data, self.protocol)
+        self.network.load_state_dict(network.state_dict())
+        return self
+
+
+def prepare(method: Method, network: nn.Module, data: Data, protocol: Protocol) -> Prepared:
+    """The method on a copy of the network."""
+    return Prepared(method, copy.deepcopy(network), data, protocol)

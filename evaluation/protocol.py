@@ -45,7 +45,7 @@ class Protocol:
     learning_rate: float = 2e-3
     tested: int = 500  # samples on which accuracy is measured
 
-    probes: int = 12  # samples for the measures that explain again and again
+    probes: int = 8  # samples for the measures that explain again and again
     flips: int = 8  # steps of a flipping curve
     integration_steps: int = 12
     smooth_samples: int = 8

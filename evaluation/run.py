@@ -165,7 +165,7 @@ def one_method(
         explain, few, few_labels, protocol.stability_radius, protocol.stability_samples
     )
     for name, other_network in zip(("randomised_half", "randomised"), changed, strict=True):
-        new = prepare(method, other_network, data, protocol)(few, few_labels)
+        new = explain.on(other_network)(few, few_labels)
         old = places[: protocol.probes].abs()
         figures[name] = measures.rank_correlation(old, measures.relevance(new).abs())
     record: Record = {
