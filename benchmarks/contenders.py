@@ -83,6 +83,12 @@ def relative_lrp(model: nn.Module) -> Explain:
     return lambda x, target: method.attribute(x, target=target)
 
 
+def recorded_relative_lrp(model: nn.Module) -> Explain:
+    """As a CUDA graph, recorded at the second call of a signature."""
+    method = RelativeLRP(model, cuda_graphs=True)
+    return lambda x, target: method.attribute(x, target=target)
+
+
 def input_x_gradient(model: nn.Module) -> Explain:
     method = InputXGradient(model)
     return lambda x, target: method.attribute(x.clone().requires_grad_(), target=target)
@@ -134,12 +140,14 @@ def floor(model: nn.Module) -> Explain:
 
 METHODS: dict[str, Callable[[nn.Module], Explain]] = {
     "Relative LRP": relative_lrp,
+    "Relative LRP, CUDA graph": recorded_relative_lrp,
     "InputXGradient": input_x_gradient,
     "captum LRP": captum_lrp,
     "zennit EpsilonPlus": zennit_epsilon_plus,
     "the floor": floor,
 }
 OURS, YARDSTICK, FLOOR = "Relative LRP", "InputXGradient", "the floor"
+ON_GPU = ("Relative LRP, CUDA graph",)
 PEERS = ("captum LRP", "zennit EpsilonPlus")
 
 
@@ -168,7 +176,7 @@ def _floor_plan(model: nn.Module, x: Tensor) -> list[Callable[[], None]]:
     values = x.new_empty(max(math.prod(before) for _, before, _ in calls)).normal_()
     relevance = x.new_empty(max(math.prod(after) for _, _, after in calls)).normal_()
     return [
-        _floor_layer(module, _view(values, before), _view(relevance, after))
+        _floor_layer(module, _view(values, before, module), _view(relevance, after, module))
         for module, before, after in calls
     ]
 
@@ -183,10 +191,13 @@ def _floor_layer(module: nn.Module, x: Tensor, r: Tensor) -> Callable[[], None]:
 
         return linear
 
+    window = [list(v) for v in (module.stride, module.padding, module.dilation)]
+    if weight.dim() == 3:  # a signal is fastest as an image of one row
+        weight = weight.unsqueeze(2)
+        window = [[n, *v] for n, v in zip((1, 0, 1), window, strict=True)]
     if weight.dim() == 4:
         weight = weight.contiguous(memory_format=torch.channels_last)
-    none = [0] * len(module.stride)
-    geometry = (module.stride, module.padding, module.dilation, False, none, module.groups)
+    geometry = (*window, False, [0] * len(window[0]), module.groups)
 
     def convolution() -> None:
         torch.convolution(x, weight, bias, *geometry)
@@ -195,10 +206,10 @@ def _floor_layer(module: nn.Module, x: Tensor, r: Tensor) -> Callable[[], None]:
     return convolution
 
 
-def _view(memory: Tensor, shape: torch.Size) -> Tensor:
-    """The beginning of `memory` as a tensor of that shape, channels_last if it is an image."""
+def _view(memory: Tensor, shape: torch.Size, module: nn.Module) -> Tensor:
+    """The beginning of `memory` as a tensor of that shape; images and signals channels_last."""
     flat = memory[: math.prod(shape)]
-    if len(shape) != 4:
+    if isinstance(module, nn.Linear) or len(shape) == 5:
         return flat.view(shape)
-    n, c, h, w = shape
+    n, c, h, w = shape if len(shape) == 4 else (*shape[:2], 1, shape[2])
     return flat.view(n, h, w, c).permute(0, 3, 1, 2)

@@ -18,7 +18,8 @@ Figures = dict[str, Any]
 
 SECTIONS = ("models", "kernels")
 EMPTY = "\n\n".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->" for name in SECTIONS) + "\n"
-COLORS = dict(zip(METHODS, ["#c1272d", "#0b3c5d", "#e08e0b", "#6a8e3f", "#8a8a8a"], strict=True))
+PALETTE = ("#c1272d", "#7b1fa2", "#0b3c5d", "#e08e0b", "#6a8e3f", "#8a8a8a")
+COLORS = dict(zip(METHODS, PALETTE, strict=True))
 
 
 def write(folder: Path, section: str, device: str, figures: Figures) -> None:

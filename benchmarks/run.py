@@ -41,6 +41,7 @@ import torch
 from contenders import (
     FLOOR,
     METHODS,
+    ON_GPU,
     OURS,
     PEERS,
     SUBJECTS,
@@ -331,7 +332,8 @@ def parse() -> argparse.Namespace:
     partial = any(part) or args.no_memory
     args.out = args.out or (ROOT / "build" / "bench" if partial else ROOT)
     args.models = args.models or list(SUBJECTS)
-    args.methods = args.methods or list(METHODS)
+    out_of_place = ON_GPU if args.device == "cpu" else ()
+    args.methods = args.methods or [name for name in METHODS if name not in out_of_place]
     args.size = args.size or (64 if args.quick else 224)
     args.repeats = args.repeats or (1 if args.quick else 30)
     args.no_memory = args.no_memory or args.quick

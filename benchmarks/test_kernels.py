@@ -215,7 +215,7 @@ def test_first_layer(benchmark, name, layout):
     compare_conv(benchmark, title, g, weight, (2, 3, 224, 224), stride, padding)
 
 
-@pytest.mark.parametrize("shape", [(64, 256, 56), (256, 64, 56), (1024, 256, 14), (512, 2048, 7)])
+@pytest.mark.parametrize("shape", [(512, 128, 28), (1024, 256, 14), (512, 2048, 7), (320, 1280, 7)])
 def test_pointwise_gradient(benchmark, shape):
     channels, out, size = shape
     g = make((8, out, size, size), torch.float32, torch.channels_last)

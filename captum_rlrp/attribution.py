@@ -30,6 +30,7 @@ from .engine import Captured, Engine
 from .errors import InputError
 from .kernels import get_backend, is_reference_forced
 from .layers import layer_calls, leaf_calls, module_names
+from .recording import Recordings
 from .sections import Section
 
 Backend = Literal["auto", "compiled", "reference"]
@@ -40,7 +41,11 @@ class _Explainer:
     """What the input and the layer variant share."""
 
     def _prepare(
-        self, model: nn.Module, backend: Backend, layers: Sequence[str] | None = ()
+        self,
+        model: nn.Module,
+        backend: Backend,
+        layers: Sequence[str] | None = (),
+        cuda_graphs: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise InputError(
@@ -52,7 +57,8 @@ class _Explainer:
         kernels = get_backend(backend)
         # Where the reference is asked for, the graph runs as captured: the plainest definition.
         fuses = not is_reference_forced(backend)
-        self._engine = Engine(unwrap(model), kernels, fuses, layers)
+        recordings = Recordings() if cuda_graphs else None
+        self._engine = Engine(unwrap(model), kernels, fuses, layers, recordings=recordings)
 
     def has_convergence_delta(self) -> bool:
         """True: the delta is the largest violation of the local law (see ``attribute``)."""
@@ -88,6 +94,11 @@ class RelativeLRP(_Explainer, Attribution):
                 unwrapped.
         backend (str): ``"compiled"`` (the C++/CUDA kernels), ``"reference"`` (pure
                 PyTorch) or ``"auto"``, which takes the compiled one where it is built.
+        cuda_graphs (bool): On a GPU, record an explanation when its signature comes for the
+                second time and replay it from then on, which saves the time of launching
+                kernels one by one; for small batches. Changes of the weights are seen. The
+                memory of the last four signatures is kept, that of one explanation each. An
+                experiment: it has not run on a GPU yet (``docs/gpu-status.md``).
 
     Raises:
 
@@ -104,9 +115,11 @@ class RelativeLRP(_Explainer, Attribution):
         ... )
     """
 
-    def __init__(self, model: nn.Module, backend: Backend = "auto") -> None:
+    def __init__(
+        self, model: nn.Module, backend: Backend = "auto", cuda_graphs: bool = False
+    ) -> None:
         Attribution.__init__(self, model)
-        self._prepare(model, backend)
+        self._prepare(model, backend, cuda_graphs=cuda_graphs)
 
     @typing.overload
     def attribute(
@@ -443,18 +456,17 @@ def _start(
             f"{name} returns shape {shape} for a batch of {batch}; an explanation needs one row of "
             "scores per sample."
         )
-    positions = torch.arange(output.numel(), device=output.device).view(shape)
     if target is None:
         if output.numel() != batch:
             raise InputError(
                 f"target is missing: {name} returns shape {shape}, more than one score per sample. "
                 f"Pass target, {_target_hint(shape)}."
             )
-        chosen = positions
+        chosen = torch.arange(batch, device=output.device)
     else:
         if callable(target):
             target = target(output)
-        chosen = _choose(positions, target, whole, rows, name)
+        chosen = _choose(output, target, whole, rows, name)
     if chosen.numel() != batch:
         raise InputError(
             f"target {_short(target)} selects {chosen.numel() // batch} scores per sample of the "
@@ -465,29 +477,43 @@ def _start(
     return start, chosen % shape[1] if len(shape) == 2 else None
 
 
-def _choose(positions: Tensor, target: Any, whole: int, rows: slice, name: str) -> Tensor:
-    shape = tuple(positions.shape)
-    message = f"target {_short(target)} does not fit {name}'s output of shape {shape}"
-    if isinstance(target, Tensor):
-        if target.is_floating_point():
-            raise InputError(f"{message}: it must hold integers, not {target.dtype}.")
-        target = target.to(positions.device)
-        if target.numel() > 1 and target.dim() == 2 and 1 in target.shape:
-            target = target.reshape(-1)
-    if isinstance(target, list) or (isinstance(target, Tensor) and target.numel() > 1):
-        if len(target) != whole:
-            raise InputError(f"{message}: it has {len(target)} entries for a batch of {whole}.")
-        target = target[rows]
-    numbers = _numbers(target)
-    if len(shape) == 2 and any(not -shape[1] <= n < shape[1] for n in numbers):
-        raise InputError(f"{message}: indices go from 0 to {shape[1] - 1}.")
-    if isinstance(target, Tensor):
+def _choose(output: Tensor, target: Any, whole: int, rows: slice, name: str) -> Tensor:
+    """The positions of the target's scores, counted over the whole output."""
+    shape = tuple(output.shape)
+
+    def wrong(reason: str) -> InputError:
+        what = f"target {_short(target)} does not fit {name}'s output of shape {shape}"
+        return InputError(f"{what}: {reason}.")
+
+    given = target
+    if isinstance(given, Tensor):
+        if given.is_floating_point():
+            raise wrong(f"it must hold integers, not {given.dtype}")
+        if given.numel() > 1 and given.dim() == 2 and 1 in given.shape:
+            given = given.reshape(-1)
+    if isinstance(given, list) or (isinstance(given, Tensor) and given.numel() > 1):
+        if len(given) != whole:
+            raise wrong(f"it has {len(given)} entries for a batch of {whole}")
+        given = given[rows]
+    numbers = _numbers(given)
+    if len(shape) == 2:
+        if any(not -shape[1] <= n < shape[1] for n in numbers):
+            raise wrong(f"indices go from 0 to {shape[1] - 1}")
+        flat = not isinstance(given, tuple) and not (
+            isinstance(given, list) and any(isinstance(n, (tuple, list)) for n in given)
+        )
+        if flat and len(numbers) in (1, len(output)):  # the usual case, in few calls
+            columns = torch.tensor(numbers, device=output.device) % shape[1]
+            return columns + torch.arange(0, output.numel(), shape[1], device=output.device)
+    positions = torch.arange(output.numel(), device=output.device).view(shape)
+    if isinstance(given, Tensor):
+        given = given.to(positions.device)
         # A negative index counts from the end, as in a list.
-        target = target % shape[1] if target.numel() > 1 or len(shape) == 2 else target
+        given = given % shape[1] if given.numel() > 1 or len(shape) == 2 else given
     try:
-        return _select_targets(positions, target)
+        return _select_targets(positions, given)
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{message}: {error}. It must be {_target_hint(shape)}.") from error
+        raise wrong(f"{error}. It must be {_target_hint(shape)}") from error
 
 
 def _numbers(target: Any) -> list[int]:

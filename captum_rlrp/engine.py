@@ -19,7 +19,8 @@ from torch.fx import Node
 from .capture import CapturedGraph, capture, check_eval_mode, flatten_arguments
 from .errors import CaptureError, InputError, NonFiniteError
 from .fusion import fuse
-from .program import Program, Run, find_non_finite
+from .program import Program, find_non_finite
+from .recording import Recordings, Task
 from .sections import Plan, plan
 
 _CACHED_PROGRAMS = 32
@@ -62,6 +63,7 @@ class Engine:
         fuses: Whether the forward may fold and fuse; otherwise it runs as captured.
         layers: Names of the modules whose outputs are asked for; None stands for all leaves.
         revise: Puts other steps in place of the plan's; for ablations of the method, unfused.
+        recordings: CUDA graphs to replay where there are any; None does without.
     """
 
     def __init__(
@@ -71,11 +73,13 @@ class Engine:
         fuses: bool = True,
         layers: Sequence[str] | None = (),
         revise: Callable[[Plan], Plan] | None = None,
+        recordings: Recordings | None = None,
     ) -> None:
         self.model = model
         self.layers = layers
         self.fuses = fuses and revise is None
         self.revise = revise
+        self.recordings = recordings
         self.kernels = kernels
         self._cache: OrderedDict[Hashable, Captured] = OrderedDict()
         self._lock = threading.Lock()
@@ -110,7 +114,7 @@ class Engine:
         for first in range(0, batch, size):
             rows = slice(first, min(first + size, batch))
             some = args if size >= batch else _take(args, rows, batch)
-            parts.append(self._run(captured, some, len(inputs), rows, start, measure_delta))
+            parts.append(self._run(captured, some, rows, start, measure_delta))
         if len(parts) == 1:
             return parts[0]
         relevance = [
@@ -227,35 +231,40 @@ class Engine:
         self,
         captured: Captured,
         args: Sequence[Any],
-        explained: int,
         rows: slice,
         start: StartFunction,
         measure_delta: bool,
     ) -> Explanation:
-        program = captured.program
+        graph = captured.program.graph
         with torch.no_grad(), _no_autocast(args):
             values = self._values(captured, args)
-            run = program.forward(dict(values))
-            relevance, column = start(run.output, rows)
-            result = run.propagate(relevance, column, rows.stop - rows.start, measure_delta)
-            self._check_finite(program, run, values, args[:explained])
-            by_node = dict(zip(captured.explained, args, strict=False))
+            inputs = {n: values[n] for n in graph.inputs if isinstance(values[n], Tensor)}
+            task = Task(
+                captured.program,
+                values,
+                inputs,
+                captured.explained,
+                lambda output: start(output, rows),
+                rows.stop - rows.start,
+                measure_delta,
+            )
+            result, sums = self.recordings.run(task) if self.recordings else task.run()
+            self._check_finite(task, sums)
             parts = []
             for node in captured.wanted:
                 part = result.relevance.get(node)
                 if part is None:  # nothing arrived: no way leads there from the output
-                    like = run.like(node) if node in program.measured else by_node[node]
+                    like = result.likes.get(node, values.get(node))
+                    assert like is not None
                     part = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
                 parts.append(part)
         return Explanation(parts, result.delta)
 
-    def _check_finite(
-        self, program: Program, run: Run, values: dict[Node, Any], inputs: Sequence[Tensor]
-    ) -> None:
-        finite_met, finite_watched = run.look(inputs)
+    def _check_finite(self, task: Task, sums: Tensor) -> None:
+        finite_met, finite_watched = sums.isfinite().tolist()
         if finite_met and finite_watched:
             return
-        for i, x in enumerate(inputs):
+        for i, x in enumerate(task.values[node] for node in task.explained):
             if x.is_floating_point() and not x.isfinite().all():
                 kind = "NaN" if x.isnan().any() else "infinite values"
                 sample = int((~x.isfinite()).flatten(1).any(1).nonzero()[0]) if x.dim() > 1 else 0
@@ -263,7 +272,7 @@ class Engine:
                     f"Input {i} contains {kind} (first in sample {sample}); an explanation needs "
                     "finite inputs. Remove or impute them."
                 )
-        error = find_non_finite(program, values)
+        error = find_non_finite(task.program, dict(task.values))
         if error is not None:
             raise error
         if not finite_met:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .capture import CapturedGraph, reads_values
-from .kernels.reference import accumulation_dtype
+from .kernels.reference import accumulation_dtype, as_image
 from .layout import memory_format
 from .rules import Call, LinearRule
 from .rules.convolution import Convolution
@@ -29,7 +29,7 @@ from .rules.skip import Sum
 from .sections import Plan, Section, Single, Step
 
 if TYPE_CHECKING:
-    from .program import Run
+    from .program import Like, Run
 
 aten = torch.ops.aten
 
@@ -88,8 +88,7 @@ class FusedConvolution:
         """
         weight: Tensor = run.value(self.conv.args["weight"])
         bias: Tensor | None = run.value(self.conv.args["bias"])
-        like = run.like(self.conv.args["input"])
-        folded = torch.empty_like(weight, memory_format=like.memory_format)
+        folded = _new_weight(weight, run.like(self.conv.args["input"]))
         if self.norm is None:
             if folded.stride() == weight.stride():
                 return weight, bias, None
@@ -133,11 +132,7 @@ class FusedConvolution:
         return weight.numel() > len(x) * math.prod(self.conv.shape(self.conv.node)[1:])
 
     def _normalize(self, run: Run, x: Tensor, other: Tensor | None) -> Tensor:
-        args = self.conv.args
-        y: Tensor = self.conv.target(
-            x, run.value(args["weight"]), None,
-            args["stride"], args["padding"], args["dilation"], args["groups"],
-        )  # fmt: skip
+        y = self._plain(x, run.value(self.conv.args["weight"]), None)
         scale = self.scale(run, y.dim())
         shift = self.shift(run, scale.view(-1)).view_as(scale)
         return self._finish(run, torch.addcmul(shift, y, scale, out=y), other)
@@ -153,7 +148,7 @@ class FusedConvolution:
     ) -> Tensor:
         args = self.conv.args
         if _onednn_covers(x, weight) and not isinstance(args["padding"], str):
-            fused = self._onednn(x, other, weight, bias)
+            fused = self._onednn(x, other, weight, bias, self.activation)
             if fused is not None:
                 if self.activation is not None:  # oneDNN's hide even a NaN
                     source = self.conv.args["input"]
@@ -161,10 +156,19 @@ class FusedConvolution:
                     result = self.node if shrinks else None
                     run.watch_convolution(source, weight, mass, bias, self.other, result, fused)
                 return fused
+        return self._finish(run, self._plain(x, weight, bias), other)
+
+    def _plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution alone."""
+        if _goes_as_image(x, weight) and not isinstance(self.conv.args["padding"], str):
+            plain = self._onednn(x, None, weight, bias, None)
+            assert plain is not None
+            return plain
+        args = self.conv.args
         y: Tensor = self.conv.target(
             x, weight, bias, args["stride"], args["padding"], args["dilation"], args["groups"]
         )
-        return self._finish(run, y, other)
+        return y
 
     def _finish(self, run: Run, y: Tensor, other: Tensor | None) -> Tensor:
         """The sum and the activation, in place."""
@@ -176,30 +180,55 @@ class FusedConvolution:
         return self.activate(y)
 
     def _onednn(
-        self, x: Tensor, other: Tensor | None, weight: Tensor, bias: Tensor | None
+        self,
+        x: Tensor,
+        other: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: Call | None,
     ) -> Tensor | None:
         axes, args = x.dim() - 2, self.conv.args
         geometry = [
             list(v) * axes if len(v) == 1 else list(v)
             for v in (args["padding"], args["stride"], args["dilation"])
         ]
+        if _goes_as_image(x, weight):
+            few = x.shape[1] <= 4  # which oneDNN reads faster contiguous
+            x, weight = x.unsqueeze(2) if few else as_image(x), weight.unsqueeze(2)
+            other = None if other is None else other.unsqueeze(2)
+            geometry = [[0, *geometry[0]], [1, *geometry[1]], [1, *geometry[2]]]
+            y = self._pointwise(x, other, weight, bias, geometry, activation)
+            return None if y is None else y.contiguous(memory_format=torch.channels_last).squeeze(2)
+        return self._pointwise(x, other, weight, bias, geometry, activation)
+
+    def _pointwise(
+        self,
+        x: Tensor,
+        other: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: list[list[int]],
+        activation: Call | None,
+    ) -> Tensor | None:
+        """oneDNN's convolution with what follows it; None where it has no such."""
+        groups = self.conv.args["groups"]
         name, scalars = "none", []
-        if self.activation is not None:
-            found = _ONEDNN.get(self.activation.target.overloadpacket)
+        if activation is not None:
+            found = _ONEDNN.get(activation.target.overloadpacket)
             if found is None:
                 return None
             name, wanted = found
-            scalars = [self.activation.args[s] if isinstance(s, str) else s for s in wanted]
+            scalars = [activation.args[s] if isinstance(s, str) else s for s in wanted]
         ops = torch.ops.mkldnn
         if other is None:
             y: Tensor = ops._convolution_pointwise(
-                x, weight, bias, *geometry, args["groups"], name, scalars, ""
+                x, weight, bias, *geometry, groups, name, scalars, ""
             )
             return y
         if name not in ("none", "relu") or other.stride() != _strides_like(x, other):
             return None
         fused: Tensor = ops._convolution_pointwise.binary(
-            x, other, weight, bias, *geometry, args["groups"],
+            x, other, weight, bias, *geometry, groups,
             "add", 1.0, None if name == "none" else name, [], "",
         )  # fmt: skip
         return fused
@@ -528,12 +557,25 @@ def _strides_like(x: Tensor, other: Tensor) -> tuple[int, ...]:
     return torch.empty(other.shape, device="meta").to(memory_format=memory_format(x)).stride()
 
 
-def _onednn_covers(x: Tensor, weight: Tensor) -> bool:
+def _goes_as_image(x: Tensor | Like, weight: Tensor) -> bool:
+    """Whether it is a signal: as images of one row oneDNN convolves them nearly twice as fast."""
+    return len(x.shape) == 3 and _onednn_covers(x, weight)
+
+
+def _new_weight(weight: Tensor, x: Like) -> Tensor:
+    """Uninitialised, laid out as x is."""
+    if _goes_as_image(x, weight):
+        rows = weight.unsqueeze(2)
+        return torch.empty_like(rows, memory_format=torch.channels_last).squeeze(2)
+    return torch.empty_like(weight, memory_format=x.memory_format)
+
+
+def _onednn_covers(x: Tensor | Like, weight: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and x.dim() in (4, 5)
-        and x.numel() > 0
+        and len(x.shape) in (3, 4, 5)
+        and 0 not in x.shape
         and bool(torch.backends.mkldnn.enabled)
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_convolution_pointwise")

@@ -41,12 +41,12 @@ class Result:
     Attributes:
         relevance: Relevance at each value asked for; None where none arrived.
         delta: Largest violation of the local law per sample, shape ``(batch,)``, if measured.
-        output: The model's output.
+        likes: Shapes of the model's values.
     """
 
     relevance: dict[Node, Tensor | None]
     delta: Tensor | None
-    output: Tensor
+    likes: Mapping[Node, Like]
 
 
 class Program:
@@ -379,7 +379,7 @@ class Run:
             if node in arrived:
                 wanted[node] = arrived[node]
         relevance = {node: self._total(node, wanted.get(node)) for node in self.program.wanted}
-        return Result(relevance, self._final_delta(start), self.output)
+        return Result(relevance, self._final_delta(start), self._likes)
 
     def _total(self, node: Node, terms: list[Relevance] | None) -> Tensor | None:
         if not terms:
@@ -398,7 +398,7 @@ class Run:
         return self._delta
 
     def watch(self, value: Tensor) -> None:
-        """Has :meth:`look` tell whether a value is finite that an activation is about to hide.
+        """Has :meth:`sums` tell whether a value is finite that an activation is about to hide.
 
         A sum is finite only if every summand is.
         """
@@ -437,21 +437,19 @@ class Run:
             bound = 2 * (bound + self._energies.get(other, math.inf))
         self._energies[result] = bound
 
-    def look(self, inputs: Sequence[Tensor]) -> tuple[bool, bool]:
-        """Whether every value that relevance met was finite; whether every watched one was.
+    def sums(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Two sums: finite if every value that relevance met was; and if every watched one was.
 
-        One look at all, as each waits for the device. The second may say no where values are merely
-        huge.
+        Two for all of them, as each look waits for the device. The second may be infinite where
+        values are merely huge.
         """
-        values = [x for x in (*inputs, self.output) if x.is_floating_point()]
-        met = [value.sum(dtype=torch.float64) for value in values]
         # float64 has room for any sum of the others.
-        if self._masses:
-            met.append(torch.stack(self._masses).sum(dtype=torch.float64))
-        watched = [value.to(torch.float64) for value in self._watched] or [torch.zeros_like(met[0])]
-        sums = torch.stack([torch.stack(met).sum(), torch.stack(watched).sum()])
-        finite_met, finite_watched = sums.isfinite().tolist()
-        return finite_met, finite_watched
+        wide = {"dtype": torch.float64}
+        met = [x.sum(**wide).view(1) for x in (*inputs, self.output) if x.is_floating_point()]
+        watched = self._watched or [met[0].new_zeros(())]
+        return torch.stack(
+            [torch.cat([*self._masses, *met]).sum(**wide), torch.stack(watched).sum(**wide)]
+        )
 
 
 _LARGE = 1e74  # the square of what float32 holds, and some room

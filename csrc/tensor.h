@@ -122,12 +122,12 @@ Layout<sizeof...(Tensors)> layout_of(const Tensors&... tensors) {
   return layout;
 }
 
-// ---- images: tensors (N, C, *spatial), contiguous or channels_last ----
+// ---- images: tensors (N, C, *spatial), contiguous or channels_last; so may signals (N, C, L) be ----
 
 inline bool dense_in(const Tensor& t, bool channels_last) {
   int64_t expected = 1;
   const int64_t rank = t.dim();
-  if (channels_last && rank < 4) return false;
+  if (channels_last && rank < 3) return false;
   auto axis_fits = [&](int64_t axis) {
     const bool fits = t.size(axis) == 1 || t.stride(axis) == expected;
     expected *= t.size(axis);
@@ -150,14 +150,21 @@ inline MemoryFormat format_of(const Tensor& t, bool channels_last) {
   return t.dim() == 5 ? MemoryFormat::ChannelsLast3d : MemoryFormat::ChannelsLast;
 }
 
+inline bool is_signal(const Tensor& t) { return t.dim() == 3; }  // for which there is no format
+
 inline Tensor dense(const Tensor& t, bool channels_last) {
+  using torch::stable::transpose;
   if (dense_in(t, channels_last)) return t;
+  if (channels_last && is_signal(t)) return transpose(dense(transpose(t, 1, 2), false), 1, 2);
   return torch::stable::contiguous(t, format_of(t, channels_last));
 }
 
 // An uninitialised image on the device of t, and of its dtype unless another is named.
 inline Tensor new_image(const Tensor& t, const Ints& shape, bool channels_last,
                         std::optional<ScalarType> dtype = std::nullopt) {
+  if (channels_last && is_signal(t)) {
+    return torch::stable::transpose(new_image(t, {shape[0], shape[2], shape[1]}, false, dtype), 1, 2);
+  }
   return torch::stable::empty(shape, dtype.value_or(t.scalar_type()), std::nullopt, t.device(), std::nullopt,
                               format_of(t, channels_last));
 }

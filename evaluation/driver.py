@@ -9,7 +9,8 @@ import platform
 import sys
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from datetime import date
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -49,22 +50,38 @@ def evaluate(protocol: Protocol, folder: Path, only: str | None, jobs: int, devi
     start = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     chosen = [cell for cell in protocol.cells if only in (None, cell.network)]
-    tasks = [(cell, seed) for seed in protocol.seeds for cell in reversed(chosen)]
+    first, *others = protocol.seeds
     # A process for each network: what the libraries keep of one is gone with it.
     fresh = {"max_tasks_per_child": 1} if sys.version_info >= (3, 11) else {}
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), **fresh) as pool:
-        waiting = [pool.submit(work, c, s, protocol, folder, device) for c, s in tasks]
-        first, shaken = waiting[: len(chosen)], None
-        for done in tqdm(as_completed(waiting), total=len(waiting), desc="networks"):
-            if done.exception():
+    with (
+        ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), **fresh) as pool,
+        tqdm(total=len(chosen) * len(protocol.seeds), desc="networks") as bar,
+    ):
+
+        def submit(seeds: Sequence[int]) -> list[Future[None]]:
+            tasks = [
+                pool.submit(work, cell, seed, protocol, folder, device)
+                for seed in seeds
+                for cell in reversed(chosen)
+            ]
+            for task in tasks:
+                task.add_done_callback(lambda _: bar.update())
+            return tasks
+
+        def finish(tasks: Sequence[Future[None]]) -> None:
+            wait(tasks, return_when=FIRST_EXCEPTION)
+            if any(task.done() and task.exception() for task in tasks):
                 pool.shutdown(cancel_futures=True)  # say so now, not after all the others
-            done.result()
-            # Beside the last networks; it reads those of the first seed.
-            if shaken is None and only is None and all(task.done() for task in first):
-                shaken = pool.submit(shake, protocol, folder)
-        if shaken is not None:
-            print("robustness …")
-            shaken.result()
+            for task in tasks:
+                task.result()
+
+        tasks = submit([first])
+        later = submit(others[:-1])
+        finish(tasks)
+        # It reads the networks of the first seed, and would be alone at the end.
+        if only is None:
+            later.append(pool.submit(shake, protocol, folder))
+        finish(later + submit(others[-1:]))
     note(folder, time.perf_counter() - start, jobs, device)
 
 

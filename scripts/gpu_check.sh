@@ -45,8 +45,15 @@ else
     say "-- compute-sanitizer: not installed, NOT RUN"
     failed="$failed compute-sanitizer not installed;"
 fi
-part "benchmarks" "$python" -m pytest benchmarks/test_kernels.py -q \
-    --benchmark-group-by=group --benchmark-columns=min,median --benchmark-sort=name
+# Convolutions in float32 use TF32, as is torch's default.
+figures=build/gpu
+bench="benchmarks/run.py --out $figures"
+part "kernels" "$python" $bench --kernels
+for dtype in float32 bfloat16; do
+    part "models, $dtype" "$python" $bench --device cuda --dtype "$dtype" \
+        --models resnet50 vgg16 --batches 1 64 --repeats 10
+done
+KEEP_LINES=500 part "figures" cat "$figures/docs/benchmarks.md"
 
 say ""
 if [ -n "$failed" ]; then

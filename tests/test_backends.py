@@ -83,6 +83,67 @@ def test_cuda_equals_the_float64_reference_on_the_cpu(name: str, dtype: torch.dt
         assert distance(actual, expected) < TOLERANCE[dtype]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["resnet50", "densenet121"])
+def test_cuda_graphs_change_nothing(name: str) -> None:
+    model = build(name).cuda()
+    plain, recorded = RelativeLRP(model), RelativeLRP(model, cuda_graphs=True)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        x = torch.randn(1, 3, 96, 96, device="cuda")
+        expected = plain.attribute(x, target=seed)
+        assert distance(recorded.attribute(x, target=seed), expected) < 1e-4
+    assert recorded._engine.recordings is not None
+    assert any(recorded._engine.recordings._kept.values())
+    with torch.no_grad():
+        next(model.parameters()).mul_(-1)
+    expected = plain.attribute(x, target=1)
+    assert distance(recorded.attribute(x, target=1), expected) < 1e-4
+
+
+class DilatedBlock(nn.Module):
+    def __init__(self, dilation: int) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(16, 16, 3, padding=dilation, dilation=dilation)
+        self.norm = nn.BatchNorm1d(16)
+        self.second = nn.Conv1d(16, 16, 3, padding="same", groups=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.second(torch.relu(self.norm(self.first(x)))))
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("channels", [1, 3, 6])
+def test_signals(batch: int, channels: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv1d(channels, 16, 7, stride=2, padding=3),
+        nn.BatchNorm1d(16),
+        nn.ReLU(),
+        nn.MaxPool1d(3, 2, 1),
+        DilatedBlock(2),
+        DilatedBlock(4),
+        nn.AvgPool1d(2),
+        nn.Conv1d(16, 32, 4, stride=3, groups=16),
+        nn.GELU(),
+        nn.ConvTranspose1d(32, 8, 3),
+        nn.Hardswish(),
+        nn.AdaptiveMaxPool1d(5),
+        nn.Flatten(),
+        nn.Linear(40, 10),
+    )
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    model, x = model.eval().double(), torch.randn(batch, channels, 128, dtype=torch.float64)
+    expected = RelativeLRP(model, backend="reference").attribute(x, target=3)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        actual = RelativeLRP(model.to(dtype)).attribute(x.to(dtype), target=3)
+        assert actual.is_contiguous()
+        assert distance(actual, expected) < TOLERANCE[dtype]
+
+
 class Aliases(nn.Module):
     """One value that is read last by a section, and before that under other names."""
 

@@ -108,8 +108,8 @@ def product(
     if not _covers(x, g):
         return reference.product(x, g, factor, inplace=inplace)
     if inplace and reference.same_layout(x, g):
-        return g, ops.product_(x, g, factor)
-    q, s = ops.product(x, g.expand_as(x), factor)
+        return g, ops.product_.default(x, g, factor)
+    q, s = ops.product.default(x, g.expand_as(x), factor)
     return q, s
 
 
@@ -119,8 +119,8 @@ def accumulate(terms: Sequence[Term], *, out: Tensor | None = None) -> tuple[Ten
     if short is None:
         return reference.accumulate(terms, out=out)
     if out is not None:
-        return out, ops.accumulate_(out, *short)
-    r, s = ops.accumulate(*short)
+        return out, ops.accumulate_.default(out, *short)
+    r, s = ops.accumulate.default(*short)
     return r, s
 
 
@@ -133,9 +133,9 @@ def split(
     if short is None or a.shape != first.shape:
         return reference.split(a, b, terms, from_sum=from_sum, inplace=inplace)
     if inplace and reference.same_layout(a, short[0]):
-        s_a, s_b = ops.split_(a, b, *short, from_sum)
+        s_a, s_b = ops.split_.default(a, b, *short, from_sum)
         return a, s_a, short[0], s_b
-    r_a, s_a, r_b, s_b = ops.split(a, b, *short, from_sum)
+    r_a, s_a, r_b, s_b = ops.split.default(a, b, *short, from_sum)
     return r_a, s_a, r_b, s_b
 
 
@@ -150,8 +150,10 @@ def _at_most_two(terms: Sequence[Term]) -> _Short | None:
     if len(terms) > 2:
         if first.dtype.itemsize == 2:  # partial sums would be rounded to 16 bits
             return None
-        total: Term = (accumulate(terms[:-1])[0], None)
-        return (*total, *terms[-1])
+        total, _ = accumulate(terms[:2])
+        for t, factor in terms[2:-1]:
+            ops.accumulate_.default(total, total, None, t, factor)
+        return (total, None, *terms[-1])
     return (*terms[0], *terms[1]) if len(terms) == 2 else (*terms[0], None, None)
 
 
@@ -169,7 +171,7 @@ def max_pool(
     """See :func:`captum_rlrp.kernels.reference.max_pool`; winners are numbered in their window."""
     if not _covers(x):
         return reference.max_pool(x, kernel, stride, padding, dilation, ceil_mode)
-    y, winners = ops.max_pool(
+    y, winners = ops.max_pool.default(
         x, *_window(x.dim() - 2, kernel, stride, padding, dilation), ceil_mode
     )
     return y, winners
@@ -189,7 +191,7 @@ def max_unpool(
     if winners.dtype == torch.int64:  # what the reference returns
         return reference.max_unpool(r, winners, input_shape, kernel)
     window = _window(r.dim() - 2, kernel, stride, padding, dilation)
-    result: Tensor = ops.max_unpool(r, winners, list(input_shape), *window, ceil_mode)
+    result: Tensor = ops.max_unpool.default(r, winners, list(input_shape), *window, ceil_mode)
     return result
 
 
@@ -197,7 +199,7 @@ def adaptive_max_pool(x: Tensor, output_size: Ints) -> tuple[Tensor, Tensor]:
     """See :func:`captum_rlrp.kernels.reference.adaptive_max_pool`."""
     if not _covers(x):
         return reference.adaptive_max_pool(x, output_size)
-    y, winners = ops.adaptive_max_pool(x, reference.ints(output_size, x.dim() - 2))
+    y, winners = ops.adaptive_max_pool.default(x, reference.ints(output_size, x.dim() - 2))
     return y, winners
 
 
@@ -205,7 +207,7 @@ def adaptive_max_unpool(r: Tensor, winners: Tensor, input_shape: Sequence[int]) 
     """See :func:`captum_rlrp.kernels.reference.adaptive_max_unpool`."""
     if winners.dtype == torch.int64:
         return reference.adaptive_max_unpool(r, winners, input_shape)
-    result: Tensor = ops.adaptive_max_unpool(r, winners, list(input_shape))
+    result: Tensor = ops.adaptive_max_unpool.default(r, winners, list(input_shape))
     return result
 
 
@@ -230,7 +232,7 @@ def avg_pool(
         options = (ceil_mode, count_include_pad, divisor_override)
         return reference.avg_pool(r, input_shape, kernel, stride, padding, *options)
     window = [reference.ints(v, r.dim() - 2) for v in (kernel, stride or kernel, padding)]
-    result: Tensor = ops.avg_pool(
+    result: Tensor = ops.avg_pool.default(
         r, list(input_shape), *window, ceil_mode, count_include_pad, divisor_override
     )
     return result
@@ -242,7 +244,7 @@ def adaptive_avg_pool(r: Tensor, input_shape: Sequence[int]) -> Tensor:
         return (r / prod(input_shape[2:])).expand(tuple(input_shape))
     if not _covers(r):
         return reference.adaptive_avg_pool(r, input_shape)
-    result: Tensor = ops.adaptive_avg_pool(r, list(input_shape))
+    result: Tensor = ops.adaptive_avg_pool.default(r, list(input_shape))
     return result
 
 
@@ -261,9 +263,21 @@ def conv(
     groups: int = 1,
 ) -> Tensor:
     """See :func:`captum_rlrp.kernels.reference.conv`."""
+    float_on_cpu = g.device.type == "cpu" and g.dtype == weight.dtype == torch.float32
+    if float_on_cpu and g.dim() == 3 and not transposed:  # oneDNN is faster at images
+        image_shape = [*input_shape[:2], 1, input_shape[2]]
+        image = conv(
+            reference.as_image(g),
+            weight.unsqueeze(2),
+            image_shape,
+            [1, *reference.ints(stride, 1)],
+            [0, *reference.ints(padding, 1)],
+            [1, *reference.ints(dilation, 1)],
+            groups=groups,
+        )
+        return image.squeeze(2)
     few_channels = (  # oneDNN's input gradient is poor at a handful of them
-        g.device.type == "cpu"
-        and g.dtype == weight.dtype == torch.float32
+        float_on_cpu
         and len(input_shape) == 4
         and input_shape[1] <= 4
         and weight.shape[0] >= 8
@@ -275,25 +289,28 @@ def conv(
         window = [reference.ints(v, 2) for v in (stride, padding, dilation)]
         overlapping = any(k > s for k, s in zip(weight.shape[2:], window[0], strict=True))
         if overlapping and weight.shape[0] % 8 == 0:
-            image: Tensor = ops.conv_few(g, weight, list(input_shape), *window)
-            return image
+            result: Tensor = ops.conv_few.default(g, weight, list(input_shape), *window)
+            return result
         return _conv_by_matmul(g, weight, input_shape, *window)
     pointwise = (
-        g.device.type == "cpu"
-        and g.dtype == weight.dtype == torch.float32
+        float_on_cpu
         and weight.dim() == 4
         and weight.shape[2:] == (1, 1)
         and tuple(input_shape[2:]) == tuple(g.shape[2:])
         and groups == 1
         and not transposed
+        and g.numel() < _SMALL_GRADIENT
         and reference.memory_format(g) == torch.channels_last
     )
-    if pointwise:  # channels_last makes it one matrix product, faster than oneDNN's gradient
+    if pointwise:  # channels_last makes it one matrix product, without a copy of the weight
         rows = g.permute(0, 2, 3, 1).flatten(0, 2) @ weight.flatten(1)
         n, _, height, width = g.shape
         return rows.view(n, height, width, -1).permute(0, 3, 1, 2)
     options = (stride, padding, dilation, transposed, output_padding, groups)
     return reference.conv(g, weight, input_shape, *options)
+
+
+_SMALL_GRADIENT = 1_300_000  # elements up to which a matrix product is faster than oneDNN
 
 
 def _conv_by_matmul(
@@ -326,6 +343,8 @@ def _masses(t: Tensor) -> Tensor:
 
 
 def _image(model: Tensor, shape: Sequence[int]) -> Tensor:
+    if model.dim() == 3:
+        return _image(model.unsqueeze(2), (*shape[:2], 1, shape[2])).squeeze(2)
     layout = reference.memory_format(model)
     return torch.empty(shape, dtype=model.dtype, device=model.device, memory_format=layout)
 

@@ -299,6 +299,11 @@ def memory_format(t: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def as_image(signal: Tensor) -> Tensor:
+    """A signal ``(N, C, L)`` as an image of one row, channels_last."""
+    return signal.unsqueeze(2).contiguous(memory_format=torch.channels_last)
+
+
 def _like(model: Tensor, value: Tensor) -> Tensor:
     """``value`` in the dtype and memory format of ``model``."""
     result = torch.empty_like(model)

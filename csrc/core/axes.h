@@ -39,6 +39,33 @@ struct Axes {
   }
 };
 
+// The rows of a sample, one after the other: divisions are made for the first one only.
+template <int K>
+struct Rows {
+  const Axes<K>& axes;
+  int64_t coordinate[kMaxAxes] = {};  // of the row's beginning, in the outer axes
+  int64_t offset[K] = {};
+
+  // At the row of the element at position `index`.
+  RLRP_HD Rows(const Axes<K>& of, int64_t index) : axes(of) {
+    int64_t number = index / axes.row();
+    for (int axis = axes.rank - 2; axis >= 0; --axis) {
+      coordinate[axis] = number % axes.size[axis];
+      number /= axes.size[axis];
+      for (int k = 0; k < K; ++k) offset[k] += coordinate[axis] * axes.stride[k][axis];
+    }
+  }
+
+  RLRP_HD void next() {
+    for (int axis = axes.rank - 2; axis >= 0; --axis) {
+      for (int k = 0; k < K; ++k) offset[k] += axes.stride[k][axis];
+      if (++coordinate[axis] < axes.size[axis]) return;
+      for (int k = 0; k < K; ++k) offset[k] -= axes.size[axis] * axes.stride[k][axis];
+      coordinate[axis] = 0;
+    }
+  }
+};
+
 // `size` and the strides cover the axes of one sample (no batch axis); rank <= kMaxAxes.
 template <int K>
 Axes<K> simplify(int rank, const int64_t* size, const int64_t* const (&stride)[K]) {

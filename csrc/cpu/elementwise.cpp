@@ -32,11 +32,13 @@ void sweep(const Layout<K>& layout, const std::array<const Tensor*, S>& masses, 
         const int64_t row = layout.axes.row();
         int64_t at = (piece % pieces) * kPiece;
         const int64_t end = min64(at + kPiece, numel);
-        while (at < end) {
+        int64_t within = at % row;
+        for (Rows<K> rows(layout.axes, at); at < end; rows.next(), within = 0) {
           int64_t offsets[K];
-          layout.axes.offsets(at, offsets);
-          for (int k = 0; k < K; ++k) offsets[k] += sample * layout.batch_stride[k];
-          const int64_t count = min64(row - at % row, end - at);
+          for (int k = 0; k < K; ++k) {
+            offsets[k] = sample * layout.batch_stride[k] + rows.offset[k] + within * layout.axes.step(k);
+          }
+          const int64_t count = min64(row - within, end - at);
           const Masses<S> more = body(sample, offsets, count);
           for (int s = 0; s < S; ++s) sum[s] += more[s];
           at += count;

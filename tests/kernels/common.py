@@ -53,6 +53,8 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
     if layout == "channels_last" and t.dim() in (4, 5):
         four = t.dim() == 4
         return t.contiguous(memory_format=torch.channels_last if four else torch.channels_last_3d)
+    if layout == "channels_last" and t.dim() == 3:
+        return t.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == "sliced":  # every second element of a larger tensor, with an offset
         wide = t.new_full((*t.shape[:-1], 2 * t.shape[-1] + 1), 99.0)
         view = wide[..., 1::2]

@@ -42,6 +42,14 @@ void check_axes() {
     EXPECT(o[2] == c);
   }
   for (int count : seen) EXPECT(count == 1);
+  for (int64_t start = 0; start < 60; start += 7) {  // the rows from there on, in the same order
+    Rows<3> rows(axes, start);
+    for (int64_t i = start / axes.row() * axes.row(); i < 60; i += axes.row(), rows.next()) {
+      int64_t o[3];
+      axes.offsets(i, o);
+      for (int k = 0; k < 3; ++k) EXPECT(rows.offset[k] == o[k]);
+    }
+  }
   EXPECT(simplify<3>(0, size, mixed).numel() == 1);
 }
 

@@ -90,7 +90,9 @@ def test_max_pool(backend, device, dtype, layout, shape, window):
     assert torch.equal(exact(y), MAX[len(shape) - 2](exact(x), *window))
     assert y.dtype == result.dtype == dtype
     agree(result, expected, dtype)
-    if layout in ("contiguous", "channels_last"):
+    # The reference hands every signal back contiguous: PyTorch has no other format for them.
+    signal = backend is reference and len(shape) == 3
+    if layout == "contiguous" or (layout == "channels_last" and not signal):
         assert result.stride() == x.stride()
         assert y.stride() == r.stride()
 
