@@ -45,13 +45,13 @@ class Protocol:
     learning_rate: float = 2e-3
     tested: int = 500  # samples on which accuracy is measured
 
-    probes: int = 8  # samples for the measures that explain again and again
+    probes: int = 12  # samples for the measures that explain again and again
     flips: int = 8  # steps of a flipping curve
     integration_steps: int = 12
     smooth_samples: int = 8
     smooth_noise: float = 0.15  # of the input's range: SmoothGrad's authors say 10 to 20 %
     stability_radius: float = 0.02  # largest change of an input element
-    stability_samples: int = 2
+    stability_samples: int = 1
     cam_side: int = 4  # Grad-CAM reads the deepest layer whose maps are at least this large
 
     ablations: tuple[tuple[str, str], ...] = (
