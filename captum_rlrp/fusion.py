@@ -558,7 +558,7 @@ def _strides_like(x: Tensor, other: Tensor) -> tuple[int, ...]:
 
 
 def _goes_as_image(x: Tensor | Like, weight: Tensor) -> bool:
-    """Whether it is a signal: as images of one row oneDNN convolves them nearly twice as fast."""
+    """Whether it is a signal, which oneDNN convolves faster as an image of one row."""
     return len(x.shape) == 3 and _onednn_covers(x, weight)
 
 
