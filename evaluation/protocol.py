@@ -51,7 +51,7 @@ class Protocol:
     smooth_samples: int = 8
     smooth_noise: float = 0.15  # of the input's range: SmoothGrad's authors say 10 to 20 %
     stability_radius: float = 0.02  # largest change of an input element
-    stability_samples: int = 1
+    stability_samples: int = 2
     cam_side: int = 4  # Grad-CAM reads the deepest layer whose maps are at least this large
 
     ablations: tuple[tuple[str, str], ...] = (
