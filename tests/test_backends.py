@@ -35,10 +35,15 @@ def build(name: str) -> nn.Module:
     return model
 
 
-def distance(actual: Tensor, expected: Tensor) -> float:
-    """Largest share of a sample's Σ|R| that lies elsewhere."""
+def distances(actual: Tensor, expected: Tensor) -> Tensor:
+    """For each sample, the share of its Σ|R| that lies elsewhere."""
     gap = (actual.double().cpu() - expected.double().cpu()).abs().flatten(1).sum(1)
-    return float((gap / expected.double().cpu().abs().flatten(1).sum(1)).max())
+    return gap / expected.double().cpu().abs().flatten(1).sum(1)
+
+
+def distance(actual: Tensor, expected: Tensor) -> float:
+    """The largest of them."""
+    return float(distances(actual, expected).max())
 
 
 def test_the_compiled_backend_is_what_auto_takes() -> None:
@@ -48,10 +53,22 @@ def test_the_compiled_backend_is_what_auto_takes() -> None:
 
 @pytest.mark.parametrize("name", ["vgg16", "resnet50"])
 def test_compiled_equals_reference_at_full_size(name: str) -> None:
-    model, x = build(name), torch.randn(1, 3, 224, 224)
+    model, x = build(name), torch.randn(5, 3, 224, 224)
     expected = RelativeLRP(model, backend="reference").attribute(x, target=7)
     actual = RelativeLRP(model, backend="compiled").attribute(x, target=7)
-    assert distance(actual, expected) < TOLERANCE[torch.float32]
+    # Two elements of a window may be equal up to rounding, and each backend rounds otherwise:
+    # then all that VGG's last pooling gives one of them lies elsewhere.
+    apart = distances(actual, expected)
+    assert apart.median() < TOLERANCE[torch.float32]
+    assert apart.max() < 0.01
+
+
+@pytest.mark.parametrize("name", ["vgg16", "resnet50"])
+def test_compiled_equals_reference_at_full_size_in_float64(name: str) -> None:
+    model, x = build(name).double(), torch.randn(1, 3, 224, 224, dtype=torch.float64)
+    expected = RelativeLRP(model, backend="reference").attribute(x, target=7)
+    actual = RelativeLRP(model, backend="compiled").attribute(x, target=7)
+    assert distance(actual, expected) < TOLERANCE[torch.float64]
 
 
 @pytest.mark.parametrize("name", ["vgg11_bn", "resnet18"])
