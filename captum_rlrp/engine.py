@@ -303,7 +303,16 @@ def _attribute(model: nn.Module, name: str) -> Tensor:
 
 def _modules(model: nn.Module) -> Hashable:
     """Changes when a module is replaced or its mode is switched."""
-    return tuple((id(module), type(module), module.training) for module in model.modules())
+    found: list[tuple[int, type, bool]] = []
+    seen: set[int] = set()
+    left = [model]  # as model.modules() does, without a generator for each level
+    while left:
+        module = left.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            found.append((id(module), type(module), module.training))
+            left.extend(child for child in module._modules.values() if child is not None)
+    return tuple(found)
 
 
 def _signature(value: Any, batch: int) -> Hashable:

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from .capture import CapturedGraph, reads_values
-from .kernels.reference import accumulation_dtype, as_image
+from .kernels import onednn
+from .kernels.reference import accumulation_dtype
 from .layout import memory_format
 from .rules import Call, LinearRule
 from .rules.convolution import Convolution
@@ -32,18 +33,6 @@ if TYPE_CHECKING:
     from .program import Like, Run
 
 aten = torch.ops.aten
-
-# Activations oneDNN applies on the way out of a convolution: its name, its scalars' arguments.
-_ONEDNN = {
-    aten.relu: ("relu", ()),
-    aten.relu6: ("hardtanh", (0.0, 6.0)),
-    aten.hardtanh: ("hardtanh", ("min_val", "max_val")),
-    aten.silu: ("swish", ()),
-    aten.hardswish: ("hardswish", ()),
-    aten.sigmoid: ("sigmoid", ()),
-    aten.tanh: ("tanh", ()),
-    aten.leaky_relu: ("leaky_relu", ("negative_slope",)),
-}
 
 # Activations with |act(z)| ≤ |z|.
 _SHRINKING = {aten.relu, aten.relu6, aten.silu, aten.hardswish, aten.tanh}
@@ -61,6 +50,8 @@ class FusedConvolution:
         activation: The call of the elementwise activation at the end.
         covers: All nodes it stands for.
         activate: The activation, in place.
+        window: Stride, padding and dilation for each axis; None where padding is a word.
+        fused: What oneDNN calls the activation, if it knows it.
     """
 
     node: Node
@@ -70,6 +61,8 @@ class FusedConvolution:
     activation: Call | None
     covers: tuple[Node, ...]
     activate: Callable[[Tensor], Tensor] | None
+    window: tuple[list[int], list[int], list[int]] | None
+    fused: onednn.Activation | None
 
     @property
     def reads(self) -> tuple[Node, ...]:
@@ -88,15 +81,15 @@ class FusedConvolution:
         """
         weight: Tensor = run.value(self.conv.args["weight"])
         bias: Tensor | None = run.value(self.conv.args["bias"])
-        folded = _new_weight(weight, run.like(self.conv.args["input"]))
+        x = run.like(self.conv.args["input"])
         if self.norm is None:
-            if folded.stride() == weight.stride():
+            if _is_laid_out(weight, x):
                 return weight, bias, None
-            _, mass = run.kernels.accumulate([(weight, None)], out=folded)
+            folded, mass = run.kernels.accumulate([(weight, None)], out=_new_weight(weight, x))
             return folded, bias, mass
         scale = self.scale(run, 2).view(-1)
         factor = scale.to(accumulation_dtype(weight.dtype))
-        _, mass = run.kernels.accumulate([(weight, factor)], out=folded)
+        folded, mass = run.kernels.accumulate([(weight, factor)], out=_new_weight(weight, x))
         return folded, self.shift(run, scale), mass
 
     def scale(self, run: Run, dims: int) -> Tensor:
@@ -123,7 +116,7 @@ class FusedConvolution:
         weight, bias, mass = self.fold(run)
         y = self._convolve(run, x, other, weight, bias, mass)
         if self.norm is not None:
-            run.scratch[self] = weight  # for the way back
+            run.scratch[self] = (weight, None)  # for the way back
         return y
 
     def _outweighs(self, run: Run, x: Tensor) -> bool:
@@ -132,8 +125,15 @@ class FusedConvolution:
         return weight.numel() > len(x) * math.prod(self.conv.shape(self.conv.node)[1:])
 
     def _normalize(self, run: Run, x: Tensor, other: Tensor | None) -> Tensor:
-        y = self._plain(x, run.value(self.conv.args["weight"]), None)
-        scale = self.scale(run, y.dim())
+        weight: Tensor = run.value(self.conv.args["weight"])
+        scale = self.scale(run, weight.dim())
+        # Both directions want the weight laid out as x is. For one sample that is worth keeping; a
+        # batch has better use for the memory.
+        if len(x) == 1:
+            if not _is_laid_out(weight, x):
+                weight = _new_weight(weight, x).copy_(weight)
+            run.scratch[self] = (weight, scale)
+        y = self._plain(x, weight, None)
         shift = self.shift(run, scale.view(-1)).view_as(scale)
         return self._finish(run, torch.addcmul(shift, y, scale, out=y), other)
 
@@ -146,25 +146,25 @@ class FusedConvolution:
         bias: Tensor | None,
         mass: Tensor | None,
     ) -> Tensor:
-        args = self.conv.args
-        if _onednn_covers(x, weight) and not isinstance(args["padding"], str):
-            fused = self._onednn(x, other, weight, bias, self.activation)
-            if fused is not None:
+        if self.fused is not None and self.window is not None and onednn.covers(x, weight):
+            groups = self.conv.args["groups"]
+            y = onednn.convolution(x, weight, bias, *self.window, groups, self.fused, other)
+            if y is not None:
                 if self.activation is not None:  # oneDNN's hide even a NaN
                     source = self.conv.args["input"]
                     shrinks = _packet(self.activation.node) in _SHRINKING
                     result = self.node if shrinks else None
-                    run.watch_convolution(source, weight, mass, bias, self.other, result, fused)
-                return fused
+                    run.watch_convolution(source, weight, mass, bias, self.other, result, y)
+                return y
         return self._finish(run, self._plain(x, weight, bias), other)
 
     def _plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution alone."""
-        if _goes_as_image(x, weight) and not isinstance(self.conv.args["padding"], str):
-            plain = self._onednn(x, None, weight, bias, None)
+        args = self.conv.args
+        if self.window is not None and onednn.covers(x, weight):
+            plain = onednn.convolution(x, weight, bias, *self.window, args["groups"])
             assert plain is not None
             return plain
-        args = self.conv.args
         y: Tensor = self.conv.target(
             x, weight, bias, args["stride"], args["padding"], args["dilation"], args["groups"]
         )
@@ -178,60 +178,6 @@ class FusedConvolution:
             return y
         run.watch(y)
         return self.activate(y)
-
-    def _onednn(
-        self,
-        x: Tensor,
-        other: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        activation: Call | None,
-    ) -> Tensor | None:
-        axes, args = x.dim() - 2, self.conv.args
-        geometry = [
-            list(v) * axes if len(v) == 1 else list(v)
-            for v in (args["padding"], args["stride"], args["dilation"])
-        ]
-        if _goes_as_image(x, weight):
-            few = x.shape[1] <= 4  # which oneDNN reads faster contiguous
-            x, weight = x.unsqueeze(2) if few else as_image(x), weight.unsqueeze(2)
-            other = None if other is None else other.unsqueeze(2)
-            geometry = [[0, *geometry[0]], [1, *geometry[1]], [1, *geometry[2]]]
-            y = self._pointwise(x, other, weight, bias, geometry, activation)
-            return None if y is None else y.contiguous(memory_format=torch.channels_last).squeeze(2)
-        return self._pointwise(x, other, weight, bias, geometry, activation)
-
-    def _pointwise(
-        self,
-        x: Tensor,
-        other: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        geometry: list[list[int]],
-        activation: Call | None,
-    ) -> Tensor | None:
-        """oneDNN's convolution with what follows it; None where it has no such."""
-        groups = self.conv.args["groups"]
-        name, scalars = "none", []
-        if activation is not None:
-            found = _ONEDNN.get(activation.target.overloadpacket)
-            if found is None:
-                return None
-            name, wanted = found
-            scalars = [activation.args[s] if isinstance(s, str) else s for s in wanted]
-        ops = torch.ops.mkldnn
-        if other is None:
-            y: Tensor = ops._convolution_pointwise(
-                x, weight, bias, *geometry, groups, name, scalars, ""
-            )
-            return y
-        if name not in ("none", "relu") or other.stride() != _strides_like(x, other):
-            return None
-        fused: Tensor = ops._convolution_pointwise.binary(
-            x, other, weight, bias, *geometry, groups,
-            "add", 1.0, None if name == "none" else name, [], "",
-        )  # fmt: skip
-        return fused
 
 
 @dataclass(frozen=True, eq=False)
@@ -300,11 +246,13 @@ class FoldedConvolution(Convolution):
 
     def transpose(self, run: Run, call: Call, g: Tensor) -> Tensor:
         made = self.instruction
-        weight: Tensor | None = run.scratch.pop(made, None)
-        if weight is None:
-            weight = run.value(made.conv.args["weight"])
-            if made.norm is not None:
-                g = g * made.scale(run, g.dim()).to(g.dtype)
+        left: tuple[Tensor, Tensor | None] | None = run.scratch.pop(made, None)
+        if left is None:
+            scale = None if made.norm is None else made.scale(run, g.dim())
+            left = run.value(made.conv.args["weight"]), scale
+        weight, scale = left
+        if scale is not None:
+            g = g * scale.to(g.dtype)
         return self._transpose(run, call, g, weight)
 
     def linear_part(self, run: Run, call: Call, x: Tensor) -> Tensor:
@@ -468,7 +416,31 @@ def _fuse_convolution(
     if other is not None and activation is None:
         return None
     activate = None if activation is None else _overwriting(activation)
-    return FusedConvolution(node, call, norm, other, activation, tuple(covers), activate)
+    window, fused = _window(call), _fused(activation)
+    return FusedConvolution(
+        node, call, norm, other, activation, tuple(covers), activate, window, fused
+    )
+
+
+def _window(call: Call) -> tuple[list[int], list[int], list[int]] | None:
+    if isinstance(call.args["padding"], str):
+        return None
+    axes = len(call.shape("weight")) - 2
+    stride, padding, dilation = (
+        list(v) * axes if len(v) == 1 else list(v)
+        for v in (call.args[name] for name in ("stride", "padding", "dilation"))
+    )
+    return stride, padding, dilation
+
+
+def _fused(activation: Call | None) -> onednn.Activation | None:
+    if activation is None:
+        return onednn.NONE
+    found = onednn.ACTIVATIONS.get(activation.target.overloadpacket)
+    if found is None:
+        return None
+    name, scalars = found
+    return name, [activation.args[s] if isinstance(s, str) else s for s in scalars]
 
 
 def _vanishes(value: Node, plan: Plan, seen: set[Node]) -> bool:
@@ -552,31 +524,19 @@ def _overwriting(call: Call) -> Callable[[Tensor], Tensor]:
     return lambda y: twin(y, *positional, **keywords)
 
 
-def _strides_like(x: Tensor, other: Tensor) -> tuple[int, ...]:
-    """The strides oneDNN gives its result, which the summand must share."""
-    return torch.empty(other.shape, device="meta").to(memory_format=memory_format(x)).stride()
-
-
-def _goes_as_image(x: Tensor | Like, weight: Tensor) -> bool:
-    """Whether it is a signal, which oneDNN convolves faster as an image of one row."""
-    return len(x.shape) == 3 and _onednn_covers(x, weight)
-
-
-def _new_weight(weight: Tensor, x: Like) -> Tensor:
-    """Uninitialised, laid out as x is."""
-    if _goes_as_image(x, weight):
+def _new_weight(weight: Tensor, x: Tensor | Like) -> Tensor:
+    """Uninitialised, laid out as x is; for signals, as the images of one row that they go as."""
+    if onednn.covers_signal(x, weight):
         rows = weight.unsqueeze(2)
         return torch.empty_like(rows, memory_format=torch.channels_last).squeeze(2)
-    return torch.empty_like(weight, memory_format=x.memory_format)
+    return torch.empty_like(weight, memory_format=_format(x))
 
 
-def _onednn_covers(x: Tensor | Like, weight: Tensor) -> bool:
-    return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and len(x.shape) in (3, 4, 5)
-        and 0 not in x.shape
-        and bool(torch.backends.mkldnn.enabled)
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-    )
+def _is_laid_out(weight: Tensor, x: Tensor | Like) -> bool:
+    if onednn.covers_signal(x, weight):
+        return weight.unsqueeze(2).is_contiguous(memory_format=torch.channels_last)
+    return weight.is_contiguous(memory_format=_format(x))
+
+
+def _format(x: Tensor | Like) -> torch.memory_format:
+    return memory_format(x) if isinstance(x, Tensor) else x.memory_format

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_rlrp.kernels import reference
+from captum_rlrp.kernels import onednn, reference
 from captum_rlrp.kernels.reference import (
     Ints,
     Term,
@@ -303,7 +303,7 @@ def conv(
         and reference.memory_format(g) == torch.channels_last
     )
     if pointwise:  # channels_last makes it one matrix product, without a copy of the weight
-        rows = g.permute(0, 2, 3, 1).flatten(0, 2) @ weight.flatten(1)
+        rows = onednn.matmul(g.permute(0, 2, 3, 1).flatten(0, 2), weight.flatten(1))
         n, _, height, width = g.shape
         return rows.view(n, height, width, -1).permute(0, 3, 1, 2)
     options = (stride, padding, dilation, transposed, output_padding, groups)

@@ -1,0 +1,160 @@
+"""oneDNN's own ops, which PyTorch has for its compiler: convolutions with what follows fused in.
+
+float32 on the CPU; :func:`covers` tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from captum_rlrp.kernels import reference
+
+aten = torch.ops.aten
+ops = torch.ops.mkldnn
+
+# Activations oneDNN applies on the way out: its name, its scalars' arguments.
+ACTIVATIONS: dict[Any, tuple[str, tuple[float | str, ...]]] = {
+    aten.relu: ("relu", ()),
+    aten.relu6: ("hardtanh", (0.0, 6.0)),
+    aten.hardtanh: ("hardtanh", ("min_val", "max_val")),
+    aten.silu: ("swish", ()),
+    aten.hardswish: ("hardswish", ()),
+    aten.sigmoid: ("sigmoid", ()),
+    aten.tanh: ("tanh", ()),
+    aten.leaky_relu: ("leaky_relu", ("negative_slope",)),
+}
+
+_FEW_ROWS = 1024  # up to which a matrix product is faster than a convolution of 1×1
+
+Activation = tuple[str, list[float]]
+NONE: Activation = ("none", [])
+
+
+class Operand(Protocol):
+    """A tensor, or what is remembered of one."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+
+
+def covers(x: Operand, weight: Tensor) -> bool:
+    """Whether oneDNN convolves the two."""
+    return len(x.shape) in (3, 4, 5) and _multiplies(x, weight)
+
+
+def _multiplies(x: Operand, weight: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and 0 not in x.shape
+        and bool(torch.backends.mkldnn.enabled)
+        and torch.backends.mkldnn.is_available()
+        and hasattr(ops, "_convolution_pointwise")
+        and hasattr(ops, "_linear_pointwise")
+    )
+
+
+def covers_signal(x: Operand, weight: Tensor) -> bool:
+    """Whether it is a signal, which oneDNN convolves faster as an image of one row."""
+    return len(x.shape) == 3 and covers(x, weight)
+
+
+def matmul(rows: Tensor, weight: Tensor) -> Tensor:
+    """``rows @ weight``: as fast as oneDNN's convolutions on processors of any make."""
+    if not _multiplies(rows, weight):
+        return rows @ weight
+    y: Tensor = ops._linear_pointwise(rows, weight.t(), None, *NONE, "")
+    return y
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: Activation = NONE,
+    other: Tensor | None = None,
+) -> Tensor | None:
+    """``activation(conv(x) + other)``, for signals and images; None where oneDNN has no such.
+
+    Args:
+        x: Input, ``(N, C, *spatial)``.
+        weight: Filters.
+        bias: Bias.
+        stride: One number for each axis.
+        padding: Likewise.
+        dilation: Likewise.
+        groups: Groups of channels.
+        activation: Name and scalars, see :data:`ACTIVATIONS`.
+        other: A summand.
+    """
+    if x.dim() == 3:
+        few = x.shape[1] <= 4  # which oneDNN reads faster contiguous
+        y = convolution(
+            x.unsqueeze(2) if few else reference.as_image(x),
+            weight.unsqueeze(2),
+            bias,
+            [1, *stride],
+            [0, *padding],
+            [1, *dilation],
+            groups,
+            activation,
+            None if other is None else other.unsqueeze(2),
+        )
+        return None if y is None else y.contiguous(memory_format=torch.channels_last).squeeze(2)
+    if other is None and is_product(x, weight, stride, padding, groups):
+        return product(x, weight, bias, activation)
+    if other is None:
+        geometry = (padding, stride, dilation, groups)
+        y = ops._convolution_pointwise(x, weight, bias, *geometry, *activation, "")
+    else:
+        name, _ = activation
+        if name not in ("none", "relu") or other.stride() != _strides_like(x, other):
+            return None
+        y = ops._convolution_pointwise.binary(
+            x, other, weight, bias, padding, stride, dilation, groups,
+            "add", 1.0, None if name == "none" else name, [], "",
+        )  # fmt: skip
+    return y
+
+
+def is_product(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int
+) -> bool:
+    """Whether a convolution is faster as the matrix product that it is."""
+    return (
+        weight.dim() == 4
+        and weight.shape[2] == weight.shape[3] == 1
+        and groups == 1
+        and not any(padding)
+        and all(s == 1 for s in stride)
+        and x.numel() <= _FEW_ROWS * x.shape[1]
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation = NONE
+) -> Tensor:
+    """A convolution of 1×1 as a matrix product, without a copy of anything."""
+    n, _, height, width = x.shape
+    rows = x.permute(0, 2, 3, 1).flatten(0, 2)
+    y: Tensor = ops._linear_pointwise(rows, weight.flatten(1), bias, *activation, "")
+    return y.view(n, height, width, -1).permute(0, 3, 1, 2)
+
+
+def _strides_like(x: Tensor, other: Tensor) -> tuple[int, ...]:
+    """The strides oneDNN gives its result, which the summand must share."""
+    model = torch.empty(other.shape, device="meta")
+    return model.to(memory_format=reference.memory_format(x)).stride()
