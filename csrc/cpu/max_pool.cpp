@@ -146,19 +146,25 @@ class Pixels {
   RLRP_INLINE void race_of(T* y, N* won) {
     const T* x[kCount];
     std::copy_n(values.data(), kCount, x);
+    for (int64_t first = 0; first < lanes; first += kLanes) {
+      const int64_t size = min64(kLanes, lanes - first);
 #pragma omp simd
-    for (int64_t l = 0; l < lanes; ++l) {
-      A highest = widen(x[0][l]);
-      P winner = 0;
+      for (int64_t l = 0; l < size; ++l) {
+        A highest = widen(x[0][first + l]);
+        P winner = 0;
 #pragma GCC unroll 16
-      for (int t = 1; t < kCount; ++t) {
-        const A here = widen(x[t][l]);
-        const bool higher = beats(here, highest);
-        highest = higher ? here : highest;
-        winner = higher ? P(t) : winner;
+        for (int t = 1; t < kCount; ++t) {
+          const A here = widen(x[t][first + l]);
+          const bool higher = beats(here, highest);
+          highest = higher ? here : highest;
+          winner = higher ? P(t) : winner;
+        }
+        y[first + l] = narrow<T>(highest);
+        at[l] = winner;
       }
-      y[l] = narrow<T>(highest);
-      won[l] = static_cast<N>(winner);
+      // Apart, or the compiler would race in vectors of bytes.
+#pragma omp simd
+      for (int64_t l = 0; l < size; ++l) won[first + l] = static_cast<N>(at[l]);
     }
   }
 
