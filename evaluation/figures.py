@@ -222,9 +222,12 @@ def gallery(stored: Path, title: str, classes: Sequence[str], path: Path) -> Non
     for axes, (index, which) in zip(grid, rows, strict=True):
         wanted = (samples.labels, samples.others)[which][index]
         mask = (samples.masks, samples.other_masks)[which]
-        picture = (samples.inputs[index] * SPREAD + MIDDLE).clamp(0, 1)
+        picture = samples.inputs[index] * SPREAD + MIDDLE
+        if mask is None:  # prepared for weights from elsewhere
+            picture = (picture - picture.min()) / (picture.max() - picture.min()).clamp_min(1e-12)
+        picture = picture.clamp(0, 1)
         axes[0].imshow(picture.permute(1, 2, 0))
-        axes[0].set_ylabel(classes[int(wanted)].replace("stereo_", ""), fontsize=9)
+        axes[0].set_ylabel(classes[int(wanted)].replace("stereo_", "")[:14], fontsize=9)
         for axis, method in zip(axes[1:], methods, strict=True):
             if method not in maps:
                 axis.text(0.5, 0.5, "error", ha="center", va="center", fontsize=8)

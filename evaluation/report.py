@@ -302,12 +302,14 @@ def conservation(cells: dict[tuple[str, str], list[Record]]) -> str:
     for records in cells.values():
         for name, value in (records[0].get("quantus") or {}).items():
             quantus[name] = max(quantus.get(name, 0.0), value)
-    agreement = ", ".join(f"{MEASURES[n].title} {v:.1g}" for n, v in quantus.items())
     note = (
         "Milliseconds include the first call, for Relative LRP the capture of the network; what a "
-        "call costs is in [benchmarks.md](benchmarks.md). "
-        f"Largest difference from the same measure in Quantus, on ten samples a cell: {agreement}."
+        "call costs is in [benchmarks.md](benchmarks.md)."
     )
+    if quantus:
+        agreement = ", ".join(f"{MEASURES[n].title} {v:.1g}" for n, v in quantus.items())
+        note += " Largest difference from the same measure in Quantus, on ten samples a cell: "
+        note += f"{agreement}."
     return f"{table(head, rows)}\n\n{note}"
 
 
@@ -371,9 +373,9 @@ def galleries(
     for network, data in cells:
         stored = folder / f"{network}-{data}-{protocol.seeds[0]}.maps"
         records = cells[network, data]
-        if not stored.exists() or values(records, OURS, "mass") is None:
+        if not stored.exists() or (network != "own" and values(records, OURS, "mass") is None):
             continue
         path = images / f"gallery-{network}-{data}.png"
         figures.gallery(stored, title((network, data)), records[0]["classes"], path)
         parts.append(f"![{title((network, data))}](images/evaluation/{path.name})")
-    return "\n\n".join(parts) if parts else "No pictures with masks."
+    return "\n\n".join(parts) if parts else "No pictures."

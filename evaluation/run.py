@@ -228,7 +228,7 @@ def own_pictures(
     record: Record = {
         "cell": asdict(Cell("own", "pictures", count, 0)),
         "seed": 0,
-        "classes": data.classes,
+        "classes": data.classes if known else [f"class {i}" for i in range(scores.shape[1])],
         "accuracy": accuracy,
         "parameters": sum(p.numel() for p in network.parameters()),
     }
