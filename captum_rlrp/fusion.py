@@ -18,8 +18,7 @@ from torch.fx import Node
 
 from .capture import CapturedGraph, reads_values
 from .kernels import onednn
-from .kernels.reference import accumulation_dtype
-from .layout import memory_format
+from .kernels.reference import accumulation_dtype, ints
 from .rules import Call, LinearRule
 from .rules.convolution import Convolution
 from .rules.normalization import BatchNorm
@@ -130,8 +129,9 @@ class FusedConvolution:
         # Both directions want the weight laid out as x is. For one sample that is worth keeping; a
         # batch has better use for the memory.
         if len(x) == 1:
-            if not _is_laid_out(weight, x):
-                weight = _new_weight(weight, x).copy_(weight)
+            like = run.like(self.conv.args["input"])
+            if not _is_laid_out(weight, like):
+                weight = _new_weight(weight, like).copy_(weight)
             run.scratch[self] = (weight, scale)
         y = self._plain(x, weight, None)
         shift = self.shift(run, scale.view(-1)).view_as(scale)
@@ -425,12 +425,8 @@ def _fuse_convolution(
 def _window(call: Call) -> tuple[list[int], list[int], list[int]] | None:
     if isinstance(call.args["padding"], str):
         return None
-    axes = len(call.shape("weight")) - 2
-    stride, padding, dilation = (
-        list(v) * axes if len(v) == 1 else list(v)
-        for v in (call.args[name] for name in ("stride", "padding", "dilation"))
-    )
-    return stride, padding, dilation
+    axes, args = len(call.shape("weight")) - 2, call.args
+    return ints(args["stride"], axes), ints(args["padding"], axes), ints(args["dilation"], axes)
 
 
 def _fused(activation: Call | None) -> onednn.Activation | None:
@@ -524,19 +520,15 @@ def _overwriting(call: Call) -> Callable[[Tensor], Tensor]:
     return lambda y: twin(y, *positional, **keywords)
 
 
-def _new_weight(weight: Tensor, x: Tensor | Like) -> Tensor:
+def _new_weight(weight: Tensor, x: Like) -> Tensor:
     """Uninitialised, laid out as x is; for signals, as the images of one row that they go as."""
     if onednn.covers_signal(x, weight):
         rows = weight.unsqueeze(2)
         return torch.empty_like(rows, memory_format=torch.channels_last).squeeze(2)
-    return torch.empty_like(weight, memory_format=_format(x))
+    return torch.empty_like(weight, memory_format=x.memory_format)
 
 
-def _is_laid_out(weight: Tensor, x: Tensor | Like) -> bool:
+def _is_laid_out(weight: Tensor, x: Like) -> bool:
     if onednn.covers_signal(x, weight):
         return weight.unsqueeze(2).is_contiguous(memory_format=torch.channels_last)
-    return weight.is_contiguous(memory_format=_format(x))
-
-
-def _format(x: Tensor | Like) -> torch.memory_format:
-    return memory_format(x) if isinstance(x, Tensor) else x.memory_format
+    return weight.is_contiguous(memory_format=x.memory_format)

@@ -60,7 +60,8 @@ def test_compiled_equals_reference_at_full_size(name: str) -> None:
     # then all that VGG's last pooling gives one of them lies elsewhere. That befalls a third of the
     # samples, and of 64 that were tried none by more than 0.004.
     apart = distances(actual, expected)
-    assert apart.min() < TOLERANCE[torch.float32]
+    without_ties = apart.max() if name == "resnet50" else apart.min()
+    assert without_ties < TOLERANCE[torch.float32]
     assert apart.max() < 0.02
 
 

@@ -293,7 +293,7 @@ def conv(
             return result
         return _conv_by_matmul(g, weight, input_shape, *window)
     pointwise = (
-        float_on_cpu
+        onednn.covers(g, weight)
         and weight.dim() == 4
         and weight.shape[2:] == (1, 1)
         and tuple(input_shape[2:]) == tuple(g.shape[2:])
@@ -302,10 +302,8 @@ def conv(
         and g.numel() < _SMALL_GRADIENT
         and reference.memory_format(g) == torch.channels_last
     )
-    if pointwise:  # channels_last makes it one matrix product, without a copy of the weight
-        rows = onednn.matmul(g.permute(0, 2, 3, 1).flatten(0, 2), weight.flatten(1))
-        n, _, height, width = g.shape
-        return rows.view(n, height, width, -1).permute(0, 3, 1, 2)
+    if pointwise:
+        return onednn.product(g, weight.transpose(0, 1), None)
     options = (stride, padding, dilation, transposed, output_padding, groups)
     return reference.conv(g, weight, input_shape, *options)
 

@@ -47,13 +47,10 @@ class Operand(Protocol):
 
 def covers(x: Operand, weight: Tensor) -> bool:
     """Whether oneDNN convolves the two."""
-    return len(x.shape) in (3, 4, 5) and _multiplies(x, weight)
-
-
-def _multiplies(x: Operand, weight: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
+        and len(x.shape) in (3, 4, 5)
         and 0 not in x.shape
         and bool(torch.backends.mkldnn.enabled)
         and torch.backends.mkldnn.is_available()
@@ -65,14 +62,6 @@ def _multiplies(x: Operand, weight: Tensor) -> bool:
 def covers_signal(x: Operand, weight: Tensor) -> bool:
     """Whether it is a signal, which oneDNN convolves faster as an image of one row."""
     return len(x.shape) == 3 and covers(x, weight)
-
-
-def matmul(rows: Tensor, weight: Tensor) -> Tensor:
-    """``rows @ weight``: as fast as oneDNN's convolutions on processors of any make."""
-    if not _multiplies(rows, weight):
-        return rows @ weight
-    y: Tensor = ops._linear_pointwise(rows, weight.t(), None, *NONE, "")
-    return y
 
 
 def convolution(
@@ -113,7 +102,7 @@ def convolution(
             None if other is None else other.unsqueeze(2),
         )
         return None if y is None else y.contiguous(memory_format=torch.channels_last).squeeze(2)
-    if other is None and is_product(x, weight, stride, padding, groups):
+    if other is None and _is_product(x, weight, stride, padding, groups):
         return product(x, weight, bias, activation)
     if other is None:
         geometry = (padding, stride, dilation, groups)
@@ -129,7 +118,7 @@ def convolution(
     return y
 
 
-def is_product(
+def _is_product(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int
 ) -> bool:
     """Whether a convolution is faster as the matrix product that it is."""
@@ -147,7 +136,7 @@ def is_product(
 def product(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation = NONE
 ) -> Tensor:
-    """A convolution of 1×1 as a matrix product, without a copy of anything."""
+    """A convolution of 1×1 as a matrix product; of channels_last nothing is copied."""
     n, _, height, width = x.shape
     rows = x.permute(0, 2, 3, 1).flatten(0, 2)
     y: Tensor = ops._linear_pointwise(rows, weight.flatten(1), bias, *activation, "")

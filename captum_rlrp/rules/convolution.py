@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..kernels.reference import ints
 from .attention import PRODUCT
 from .base import Call, LinearRule, Rule, adjoint
 
@@ -76,9 +77,7 @@ class Convolution(LinearRule):
 
 def _per_axis(value: Any, call: Call) -> list[int]:
     """``[1]`` stands for as many axes as the kernel has."""
-    axes = len(call.shape("weight")) - 2
-    values = [value] if isinstance(value, int) else list(value)
-    return values * axes if len(values) == 1 else values
+    return ints(value, len(call.shape("weight")) - 2)
 
 
 def _transposed(call: Call) -> tuple[bool, list[int]]:
