@@ -21,6 +21,7 @@ from .kernels import onednn
 from .kernels.reference import accumulation_dtype, ints
 from .rules import Call, LinearRule
 from .rules.convolution import Convolution
+from .rules.join import Extension, Join
 from .rules.normalization import BatchNorm
 from .rules.passthrough import PassThrough
 from .rules.pooling import MaxPool
@@ -341,6 +342,7 @@ def fuse(
             pool = WinnersPool(step.output, step.call, step.rule, (step.output,))
             instructions[step.output] = pool
             steps[step] = replace(step, rule=RememberedMaxPool(pool))
+    steps.update(_extensions(plan, wanted))
     new_steps = tuple(steps.get(step, step) for step in plan.steps)
     kept = frozenset(n for step in new_steps for n in step.needs) | (plan.kept & set(wanted))
     covered = {n for made in folded.values() for n in made.covers}
@@ -472,6 +474,28 @@ def _fold(links: Any, folded: dict[Node, FusedConvolution]) -> tuple[tuple[Linea
         elif call.node not in swallowed:
             result.append((rule, call))
     return tuple(result)
+
+
+def _extensions(plan: Plan, wanted: Collection[Node]) -> dict[Step, Step]:
+    """Joins whose first operands an earlier one joined."""
+    earlier: dict[Any, Node] = {}
+    found: dict[Step, Step] = {}
+    for step in plan.steps:
+        if not isinstance(step, Single) or type(step.rule) is not Join or step.rule.stacks:
+            continue
+        value = step.output.meta["val"]
+        operands, dim = step.rule.operands(step.call), step.call.args["dim"] % value.dim()
+        # In 16 bits every partial sum would be rounded.
+        if step.call.active != operands or value.dtype.itemsize < 4:
+            continue
+        for count in range(len(operands) - 1, 1, -1):
+            joined = earlier.get((dim, operands[:count]))
+            if joined is not None:
+                found[step] = replace(step, rule=Extension(joined, count))
+                break
+        if step.output not in wanted:  # whose relevance has to be its own
+            earlier[dim, operands] = step.output
+    return found
 
 
 def _packet(node: Node) -> Any:

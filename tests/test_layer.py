@@ -359,3 +359,61 @@ def test_an_identity_as_the_model_and_at_its_ends() -> None:
     torch.testing.assert_close(first, RelativeLRP(model).attribute(x, target=1))
     last = LayerRelativeLRP(model, model[2]).attribute(x, target=1)
     torch.testing.assert_close(last, expected[:, :3])
+
+
+class Concatenate(nn.Module):
+    def forward(self, *values: Tensor) -> Tensor:
+        return torch.cat(values, 1)
+
+
+class DenseBlock(nn.Module):
+    """Every layer sees what all layers before it made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 4, 3, padding=1)
+        self.cats = nn.ModuleList(Concatenate() for _ in range(4))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4 + 3 * i) for i in range(1, 4))
+        self.convs = nn.ModuleList(nn.Conv2d(4 + 3 * i, 3, 3, padding=1) for i in range(4))
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [torch.relu(self.first(x))]
+        features.append(torch.relu(self.convs[0](features[0])))
+        for join, norm, conv in zip(self.cats, self.norms, self.convs[1:], strict=False):
+            features.append(torch.relu(conv(torch.relu(norm(join(*features))))))
+        return self.head(self.cats[3](*features).mean((2, 3)))
+
+
+def dense_block_oracle(model: DenseBlock, x: Tensor, target: int) -> dict[str, Tensor]:
+    m = frozen(model)
+    rows: dict[str, list[Tensor]] = {}
+    for sample in x.double().split(1):
+        v = {"input": Value(sample)}
+        v["first"] = v["input"].linear(m.first)
+        features = [v["first"].act(torch.relu)]
+        features.append(features[0].linear(m.convs[0]).act(torch.relu))
+        for i in range(3):
+            v[f"cats.{i}"] = cat(features, 1)
+            hidden = v[f"cats.{i}"].linear(m.norms[i]).act(torch.relu).linear(m.convs[i + 1])
+            features.append(hidden.act(torch.relu))
+        v["cats.3"] = cat(features, 1)
+        relevance = Relevance(
+            v["cats.3"].linear(lambda t: t.mean((2, 3))).linear(m.head), (target,)
+        )
+        for name, value in v.items():
+            rows.setdefault(name, []).append(relevance.at(value))
+    return {name: torch.cat(parts) for name, parts in rows.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_dense_block_whose_joins_extend_each_other(dtype: torch.dtype) -> None:
+    model = randomise_norms(DenseBlock()).double().eval()
+    x = torch.randn(3, 2, 6, 6, dtype=torch.float64)
+    expected = dense_block_oracle(model, x, 1)
+    model, x = frozen(model, dtype), x.to(dtype)
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.2}[dtype]
+    assert relative_error(RelativeLRP(model).attribute(x, 1), expected["input"]) <= tolerance
+    for name in ("first", "cats.0", "cats.1", "cats.2", "cats.3"):
+        actual = LayerRelativeLRP(model, model.get_submodule(name)).attribute(x, 1)
+        assert relative_error(actual, expected[name]) <= tolerance, name

@@ -18,13 +18,22 @@ class Join(Rule):
     def __init__(self, stacks: bool) -> None:
         self.stacks = stacks
 
+    def operands(self, call: Call) -> tuple[Node, ...]:
+        """What is joined, in order."""
+        return tuple(call.args["tensors"])
+
     def propagate(self, run: Run, call: Call, terms: list[Relevance]) -> list[list[Relevance]]:
         dim = call.args["dim"] % len(run.like(call.node).shape)
+        carriers = self.carriers(call)
         parts: list[list[Relevance]] = []
         start = 0
-        for operand in call.args["tensors"]:
-            size = 1 if self.stacks else _length(run, call, operand, dim)
-            if operand in call.active:
+        for operand in self.operands(call):
+            active = operand in carriers
+            if self.stacks:
+                size = 1
+            else:  # a constant's is known from the capture
+                size = (run.like(operand).shape if active else call.shape(operand))[dim]
+            if active:
                 part = [t.values.narrow(dim, start, size) for t in terms]
                 parts.append(
                     [
@@ -39,11 +48,29 @@ class Join(Rule):
         return tuple(operand for operand in call.args["tensors"] if operand in call.active)
 
 
-def _length(run: Run, call: Call, operand: Node, dim: int) -> int:
-    if operand in call.active:
-        return run.like(operand).shape[dim]
-    length: int = call.shape(operand)[dim]  # of a constant
-    return length
+class Extension(Join):
+    """``cat(a, b, c)`` where ``cat(a, b)`` is at hand, seen as ``cat(cat(a, b), c)``.
+
+    In dense blocks every layer joins all outputs before it. So each output's relevance is summed
+    once, and not once for every layer behind it.
+
+    Args:
+        joined: The value that its first operands make.
+        count: How many they are.
+    """
+
+    def __init__(self, joined: Node, count: int) -> None:
+        super().__init__(stacks=False)
+        self.joined, self.count = joined, count
+
+    def operands(self, call: Call) -> tuple[Node, ...]:
+        return (self.joined, *call.args["tensors"][self.count :])
+
+    def carriers(self, call: Call) -> tuple[Node, ...]:
+        return self.operands(call)
+
+    def propagate(self, run: Run, call: Call, terms: list[Relevance]) -> list[list[Relevance]]:
+        return super().propagate(run, call, [run.merge(call.node, terms)])
 
 
 class Scatter(Rule):
