@@ -215,10 +215,12 @@ def test_first_layer(benchmark, name, layout):
     compare_conv(benchmark, title, g, weight, (2, 3, 224, 224), stride, padding)
 
 
-@pytest.mark.parametrize("shape", [(512, 128, 28), (1024, 256, 14), (512, 2048, 7), (320, 1280, 7)])
+@pytest.mark.parametrize(
+    "shape", [(1, 512, 128, 28), (1, 1024, 256, 14), (8, 512, 2048, 7), (8, 320, 1280, 7)]
+)
 def test_pointwise_gradient(benchmark, shape):
-    channels, out, size = shape
-    g = make((8, out, size, size), torch.float32, torch.channels_last)
+    batch, channels, out, size = shape
+    g = make((batch, out, size, size), torch.float32, torch.channels_last)
     weight = make((out, channels, 1, 1), torch.float32, torch.channels_last)
-    title = f"pointwise {channels} to {out} at {size}"
-    compare_conv(benchmark, title, g, weight, (8, channels, size, size))
+    title = f"pointwise {channels} to {out} at {size}, batch {batch}"
+    compare_conv(benchmark, title, g, weight, (batch, channels, size, size))

@@ -276,39 +276,22 @@ def conv(
             groups=groups,
         )
         return image.squeeze(2)
-    few_channels = (  # oneDNN's input gradient is poor at a handful of them
-        float_on_cpu
-        and len(input_shape) == 4
-        and input_shape[1] <= 4
-        and weight.shape[0] >= 8
-        and groups == 1
-        and not transposed
-        and g.numel() > 0
-    )
-    if few_channels:
+    if float_on_cpu and g.dim() == 4 and not transposed and g.numel() > 0:
         window = [reference.ints(v, 2) for v in (stride, padding, dilation)]
-        overlapping = any(k > s for k, s in zip(weight.shape[2:], window[0], strict=True))
-        if overlapping and weight.shape[0] % 8 == 0:
-            result: Tensor = ops.conv_few.default(g, weight, list(input_shape), *window)
-            return result
-        return _conv_by_matmul(g, weight, input_shape, *window)
-    pointwise = (
-        onednn.covers(g, weight)
-        and weight.dim() == 4
-        and weight.shape[2:] == (1, 1)
-        and tuple(input_shape[2:]) == tuple(g.shape[2:])
-        and groups == 1
-        and not transposed
-        and g.numel() < _SMALL_GRADIENT
-        and reference.memory_format(g) == torch.channels_last
-    )
-    if pointwise:
-        return onednn.product(g, weight.transpose(0, 1), None)
+        # oneDNN's input gradient is poor at a handful of channels.
+        if input_shape[1] <= 4 and weight.shape[0] >= 8 and groups == 1:
+            overlapping = any(k > s for k, s in zip(weight.shape[2:], window[0], strict=True))
+            if not overlapping or weight.shape[0] % 8:
+                return _conv_by_matmul(g, weight, input_shape, *window)
+            if max(window[0]) > 1 or reference.memory_format(g) == torch.channels_last:
+                result: Tensor = ops.conv_few.default(g, weight, list(input_shape), *window)
+                return result
+        elif onednn.covers(g, weight) and onednn.is_product(
+            g, weight, window[0], window[1], groups
+        ):
+            return onednn.product(g, weight.transpose(0, 1), None)
     options = (stride, padding, dilation, transposed, output_padding, groups)
     return reference.conv(g, weight, input_shape, *options)
-
-
-_SMALL_GRADIENT = 1_300_000  # elements up to which a matrix product is faster than oneDNN
 
 
 def _conv_by_matmul(

@@ -102,7 +102,7 @@ def convolution(
             None if other is None else other.unsqueeze(2),
         )
         return None if y is None else y.contiguous(memory_format=torch.channels_last).squeeze(2)
-    if other is None and _is_product(x, weight, stride, padding, groups):
+    if other is None and is_product(x, weight, stride, padding, groups):
         return product(x, weight, bias, activation)
     if other is None:
         geometry = (padding, stride, dilation, groups)
@@ -118,10 +118,10 @@ def convolution(
     return y
 
 
-def _is_product(
+def is_product(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int
 ) -> bool:
-    """Whether a convolution is faster as the matrix product that it is."""
+    """Whether a convolution, or its input gradient, is faster as the matrix product that it is."""
     return (
         weight.dim() == 4
         and weight.shape[2] == weight.shape[3] == 1

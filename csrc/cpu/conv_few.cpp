@@ -4,6 +4,8 @@
 // Inputs `stride` apart meet the same taps of the filters, at neighbouring outputs. So several of them are
 // worked on at a time, each with its channels' sums in vectors over the filters.
 #include <algorithm>
+#include <array>
+#include <bit>
 
 #include "simd.h"
 #include "tensor.h"
@@ -16,8 +18,23 @@ constexpr int kTile = 4;    // inputs at a time
 constexpr int kVector = 8;  // filters in a vector
 constexpr int64_t kGrain = 1 << 20;  // multiplications that make a task worth its while
 
-typedef float Vector __attribute__((vector_size(kVector * sizeof(float))));
+template <int kLanes>
+struct Lanes {
+  typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
+};
+using Vector = Lanes<kVector>::Vector;
 typedef float Unaligned __attribute__((vector_size(kVector * sizeof(float)), aligned(4)));
+
+// The sum of a vector's elements, half by half.
+template <int kLanes>
+RLRP_INLINE inline float total(const typename Lanes<kLanes>::Vector& v) {
+  if constexpr (kLanes == 2) {
+    return v[0] + v[1];
+  } else {
+    const auto halves = std::bit_cast<std::array<typename Lanes<kLanes / 2>::Vector, 2>>(v);
+    return total<kLanes / 2>(halves[0] + halves[1]);
+  }
+}
 
 struct Axis {
   int64_t in, out, kernel, stride, padding, dilation;
@@ -65,11 +82,10 @@ RLRP_INLINE inline void tile(const Few& f, const std::vector<Tap>& taps, const f
       }
     }
   }
+#pragma GCC unroll 8
   for (int t = 0; t < kTile; ++t) {
-    for (int c = 0; c < kChannels; ++c) {
-      result[t][c] = 0;
-      for (int l = 0; l < kVector; ++l) result[t][c] += sum[t][c][l];
-    }
+#pragma GCC unroll 4
+    for (int c = 0; c < kChannels; ++c) result[t][c] = total<kVector>(sum[t][c]);
   }
 }
 
@@ -105,11 +121,13 @@ template <int kChannels>
 void gradient(const Few& f, const float* g, const float* weight, float* result) {
   // Filters side by side: (kernel, kernel, channels, filters).
   const int64_t taps = f.down.kernel * f.along.kernel;
-  std::vector<float> turned(taps * kChannels * f.filters), zeros(f.filters, 0.0f);
+  std::vector<Vector> turned(taps * kChannels * f.filters / kVector);  // aligned, as one of floats is not
+  float* filters = reinterpret_cast<float*>(turned.data());
+  const std::vector<float> zeros(f.filters, 0.0f);
   for (int64_t k = 0; k < f.filters; ++k) {
     for (int64_t c = 0; c < kChannels; ++c) {
       for (int64_t tap = 0; tap < taps; ++tap) {
-        turned[(tap * kChannels + c) * f.filters + k] = weight[(k * kChannels + c) * taps + tap];
+        filters[(tap * kChannels + c) * f.filters + k] = weight[(k * kChannels + c) * taps + tap];
       }
     }
   }
@@ -119,9 +137,9 @@ void gradient(const Few& f, const float* g, const float* weight, float* result) 
         std::vector<Tap> taps;
         simd::run([&]() RLRP_INLINE {
           for (int64_t k = first; k < last; ++k) {
-            gradient_row<kChannels>(f, g + k / f.down.in * f.down.out * f.along.out * f.filters,
-                                    turned.data(), zeros.data(), taps, k % f.down.in,
-                                    result + k * f.along.in * kChannels);
+            const float* image = g + k / f.down.in * f.down.out * f.along.out * f.filters;
+            float* row = result + k * f.along.in * kChannels;
+            gradient_row<kChannels>(f, image, filters, zeros.data(), taps, k % f.down.in, row);
           }
         });
       });

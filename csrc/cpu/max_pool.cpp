@@ -57,6 +57,37 @@ std::vector<std::vector<Sight>> sights_of(const Window& window) {
   return all;
 }
 
+// Inputs a stride apart that have the same numbers in their windows; each one's outputs come right behind
+// those of the one before.
+struct Stretch {
+  int64_t first, step, length;
+  std::vector<Sight> sights;  // of the first
+};
+
+// All inputs along an axis, in as few stretches as there are.
+std::vector<Stretch> stretches_of(const Window& window) {
+  const std::vector<std::vector<Sight>> sights = sights_of(window);
+  const int64_t step = window.adaptive ? 1 : window.stride;
+  const auto continues = [&](const Stretch& stretch, int64_t i) {
+    return std::equal(sights[i].begin(), sights[i].end(), stretch.sights.begin(), stretch.sights.end(),
+                      [&](const Sight& a, const Sight& b) {
+                        return a.number == b.number && a.output == b.output + stretch.length;
+                      });
+  };
+  std::vector<Stretch> all;
+  for (int64_t phase = 0; phase < min64(step, window.in); ++phase) {
+    all.push_back({phase, step, 1, sights[phase]});
+    for (int64_t i = phase + step; i < window.in; i += step) {
+      if (continues(all.back(), i)) {
+        ++all.back().length;
+      } else {
+        all.push_back({i, step, 1, sights[i]});
+      }
+    }
+  }
+  return all;
+}
+
 // A row of pixels at a time, the lanes of a pixel side by side.
 template <class T, class N>
 class Pixels {
@@ -69,7 +100,9 @@ class Pixels {
         lanes(p.channels),
         width(p.axis[2].most_inputs()),
         height(p.axis[1].most_inputs()),
-        sights{sights_of(p.axis[0]), sights_of(p.axis[1]), sights_of(p.axis[2])},
+        whole(p.axis[2].whole()),
+        sights{sights_of(p.axis[0]), sights_of(p.axis[1])},
+        stretches(stretches_of(p.axis[2])),
         values(max64(p.most_inputs(), p.most_outputs())),
         winners(values.size()),
         number(values.size()) {}
@@ -78,7 +111,9 @@ class Pixels {
   RLRP_INLINE void race(const T* x, T* y, N* won, int64_t d, int64_t h) {
     const Span ds = p.axis[0].inputs(d), hs = p.axis[1].inputs(h);
     const int64_t most = p.most_inputs();
-    for (int64_t w = 0; w < p.axis[2].out; ++w, y += lanes, won += lanes) {
+    int64_t length = 1;
+    for (int64_t w = 0; w < p.axis[2].out; w += length, y += length * lanes, won += length * lanes) {
+      length = whole.has(w) ? whole.end - w : 1;
       const Span ws = p.axis[2].inputs(w);
       int64_t count = 0, a = 0;
       for (int64_t i = ds.begin; i < ds.end; i += p.axis[0].step(), ++a) {
@@ -94,9 +129,9 @@ class Pixels {
       // Without padding the entrants' numbers are 0, 1, ...
       with_constant<4, 9>(count == most ? count : 0, [&](auto known) RLRP_INLINE {
         if constexpr (known > 0) {
-          race_of<known>(y, won);
+          race_of<known>(y, won, length);
         } else {
-          race_of(count, y, won);
+          race_of(count, y, won, length);
         }
       });
     }
@@ -104,11 +139,11 @@ class Pixels {
 
   // The inputs of row (d, h).
   RLRP_INLINE void collect(const T* r, const N* won, T* result, int64_t d, int64_t h) {
-    for (int64_t w = 0; w < p.axis[2].in; ++w, result += lanes) {
+    for (const Stretch& stretch : stretches) {
       int64_t count = 0;
       for (const Sight& i : sights[0][d]) {
         for (const Sight& j : sights[1][h]) {
-          for (const Sight& k : sights[2][w]) {
+          for (const Sight& k : stretch.sights) {
             const int64_t at = p.out_index(i.output, j.output, k.output) * lanes;
             values[count] = r + at;
             winners[count] = won + at;
@@ -116,11 +151,13 @@ class Pixels {
           }
         }
       }
+      T* first = result + stretch.first * lanes;
+      const int64_t step = stretch.step * lanes;
       with_constant<1, 2, 4>(count, [&](auto known) RLRP_INLINE {
         if constexpr (known > 0) {
-          collect_of<known>(result);
+          collect_of<known>(first, stretch.length, step);
         } else {
-          collect_of(count, result);
+          collect_of(count, first, stretch.length, step);
         }
       });
     }
@@ -130,7 +167,9 @@ class Pixels {
   const Pooling& p;
   const int64_t lanes;
   const int64_t width, height;  // of a window
-  const std::vector<std::vector<Sight>> sights[3];
+  const Span whole;             // the outputs of a row that see no padding
+  const std::vector<std::vector<Sight>> sights[2];
+  const std::vector<Stretch> stretches;
   std::vector<const T*> values;    // what races, or what may be collected
   std::vector<const N*> winners;   // of the windows it comes from
   std::vector<P> number;           // in its window
@@ -142,90 +181,103 @@ class Pixels {
     return (a * height + b) * width + c;
   }
 
+  // Outputs next to each other, as many as `length`.
   template <int kCount>
-  RLRP_INLINE void race_of(T* y, N* won) {
+  RLRP_INLINE void race_of(T* y, N* won, int64_t length) {
     const T* x[kCount];
     std::copy_n(values.data(), kCount, x);
-    for (int64_t first = 0; first < lanes; first += kLanes) {
-      const int64_t size = min64(kLanes, lanes - first);
-#pragma omp simd
-      for (int64_t l = 0; l < size; ++l) {
-        A highest = widen(x[0][first + l]);
-        P winner = 0;
-#pragma GCC unroll 16
-        for (int t = 1; t < kCount; ++t) {
-          const A here = widen(x[t][first + l]);
-          const bool higher = beats(here, highest);
-          highest = higher ? here : highest;
-          winner = higher ? P(t) : winner;
-        }
-        y[first + l] = narrow<T>(highest);
-        at[l] = winner;
-      }
-      // Apart, or the compiler would race in vectors of bytes.
-#pragma omp simd
-      for (int64_t l = 0; l < size; ++l) won[first + l] = static_cast<N>(at[l]);
-    }
-  }
-
-  RLRP_INLINE void race_of(int64_t count, T* y, N* won) {
-    for (int64_t first = 0; first < lanes; first += kLanes) {
-      const int64_t size = min64(kLanes, lanes - first);
-      std::fill_n(best, size, A(-INFINITY));
-      std::fill_n(at, size, P(0));
-      for (int64_t t = 0; t < count; ++t) {
-        const T* x = values[t] + first;
-        const P index = number[t];
+    const int64_t step = p.axis[2].stride * lanes;
+    for (int64_t n = 0; n < length; ++n, y += lanes, won += lanes) {
+      for (int64_t first = 0; first < lanes; first += kLanes) {
+        const int64_t size = min64(kLanes, lanes - first), from = n * step + first;
 #pragma omp simd
         for (int64_t l = 0; l < size; ++l) {
-          const A here = widen(x[l]);
-          const bool higher = beats(here, best[l]);
-          best[l] = higher ? here : best[l];
-          at[l] = higher ? index : at[l];
+          A highest = widen(x[0][from + l]);
+          P winner = 0;
+#pragma GCC unroll 16
+          for (int t = 1; t < kCount; ++t) {
+            const A here = widen(x[t][from + l]);
+            const bool higher = beats(here, highest);
+            highest = higher ? here : highest;
+            winner = higher ? P(t) : winner;
+          }
+          y[first + l] = narrow<T>(highest);
+          at[l] = winner;
         }
-      }
+        // Apart, or the compiler would race in vectors of bytes.
 #pragma omp simd
-      for (int64_t l = 0; l < size; ++l) {
-        y[first + l] = narrow<T>(best[l]);
-        won[first + l] = static_cast<N>(at[l]);
+        for (int64_t l = 0; l < size; ++l) won[first + l] = static_cast<N>(at[l]);
       }
     }
   }
 
+  RLRP_INLINE void race_of(int64_t count, T* y, N* won, int64_t length) {
+    const int64_t step = p.axis[2].stride * lanes;
+    for (int64_t n = 0; n < length; ++n, y += lanes, won += lanes) {
+      for (int64_t first = 0; first < lanes; first += kLanes) {
+        const int64_t size = min64(kLanes, lanes - first);
+        std::fill_n(best, size, A(-INFINITY));
+        std::fill_n(at, size, P(0));
+        for (int64_t t = 0; t < count; ++t) {
+          const T* x = values[t] + n * step + first;
+          const P index = number[t];
+#pragma omp simd
+          for (int64_t l = 0; l < size; ++l) {
+            const A here = widen(x[l]);
+            const bool higher = beats(here, best[l]);
+            best[l] = higher ? here : best[l];
+            at[l] = higher ? index : at[l];
+          }
+        }
+#pragma omp simd
+        for (int64_t l = 0; l < size; ++l) {
+          y[first + l] = narrow<T>(best[l]);
+          won[first + l] = static_cast<N>(at[l]);
+        }
+      }
+    }
+  }
+
+  // Inputs `step` apart, as many as `length`.
   template <int kCount>
-  RLRP_INLINE void collect_of(T* result) {
+  RLRP_INLINE void collect_of(T* result, int64_t length, int64_t step) {
     const T* r[kCount];
     const N* won[kCount];
     P index[kCount];
     std::copy_n(values.data(), kCount, r);
     std::copy_n(winners.data(), kCount, won);
     std::copy_n(number.data(), kCount, index);
+    for (int64_t n = 0; n < length; ++n, result += step) {
+      const int64_t from = n * lanes;
 #pragma omp simd
-    for (int64_t l = 0; l < lanes; ++l) {
-      A sum = if_won(static_cast<P>(won[0][l]) == index[0], widen(r[0][l]));
+      for (int64_t l = 0; l < lanes; ++l) {
+        A sum = if_won(static_cast<P>(won[0][from + l]) == index[0], widen(r[0][from + l]));
 #pragma GCC unroll 16
-      for (int t = 1; t < kCount; ++t) {
-        sum += if_won(static_cast<P>(won[t][l]) == index[t], widen(r[t][l]));
+        for (int t = 1; t < kCount; ++t) {
+          sum += if_won(static_cast<P>(won[t][from + l]) == index[t], widen(r[t][from + l]));
+        }
+        result[l] = narrow<T>(sum);
       }
-      result[l] = narrow<T>(sum);
     }
   }
 
-  RLRP_INLINE void collect_of(int64_t count, T* result) {
-    for (int64_t first = 0; first < lanes; first += kLanes) {
-      const int64_t size = min64(kLanes, lanes - first);
-      std::fill_n(best, size, A(0));
-      for (int64_t t = 0; t < count; ++t) {
-        const T* r = values[t] + first;
-        const N* won = winners[t] + first;
-        const P index = number[t];
+  RLRP_INLINE void collect_of(int64_t count, T* result, int64_t length, int64_t step) {
+    for (int64_t n = 0; n < length; ++n, result += step) {
+      for (int64_t first = 0; first < lanes; first += kLanes) {
+        const int64_t size = min64(kLanes, lanes - first), from = n * lanes + first;
+        std::fill_n(best, size, A(0));
+        for (int64_t t = 0; t < count; ++t) {
+          const T* r = values[t] + from;
+          const N* won = winners[t] + from;
+          const P index = number[t];
 #pragma omp simd
-        for (int64_t l = 0; l < size; ++l) {
-          best[l] += if_won(static_cast<P>(won[l]) == index, widen(r[l]));
+          for (int64_t l = 0; l < size; ++l) {
+            best[l] += if_won(static_cast<P>(won[l]) == index, widen(r[l]));
+          }
         }
-      }
 #pragma omp simd
-      for (int64_t l = 0; l < size; ++l) result[first + l] = narrow<T>(best[l]);
+        for (int64_t l = 0; l < size; ++l) result[first + l] = narrow<T>(best[l]);
+      }
     }
   }
 };
