@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -87,55 +87,43 @@ class FusedConvolution:
                 return weight, bias, None
             folded, mass = run.kernels.accumulate([(weight, None)], out=_new_weight(weight, x))
             return folded, bias, mass
-        scale = self.scale(run, 2).view(-1)
+        scale, shift = run.scratch[self.norm.node]
         factor = scale.to(accumulation_dtype(weight.dtype))
         folded, mass = run.kernels.accumulate([(weight, factor)], out=_new_weight(weight, x))
-        return folded, self.shift(run, scale), mass
-
-    def scale(self, run: Run, dims: int) -> Tensor:
-        """What the batch norm multiplies each channel by."""
-        assert self.norm is not None
-        return BatchNorm().scale(run, self.norm, dims)
-
-    def shift(self, run: Run, scale: Tensor) -> Tensor:
-        """What it adds to each channel, the convolution's own bias included."""
-        assert self.norm is not None
-        args = self.norm.args
-        shift: Tensor = run.value(args["running_mean"]) * scale
-        bias: Tensor | None = run.value(self.conv.args["bias"])
-        if bias is not None:
-            shift = shift - bias * scale
-        offset: Tensor | None = run.value(args["bias"])
-        return -shift if offset is None else offset - shift
+        return folded, shift, mass
 
     def __call__(self, run: Run) -> Tensor:
         x: Tensor = run.value(self.conv.args["input"])
         other: Tensor | None = run.value(self.other)
-        if self.norm is not None and self._outweighs(run, x):
+        if self.norm is not None and self._leaves_weight(run, x):
             return self._normalize(run, x, other)
         weight, bias, mass = self.fold(run)
         y = self._convolve(run, x, other, weight, bias, mass)
-        if self.norm is not None:
-            run.scratch[self] = (weight, None)  # for the way back
+        # For the way back, unless it takes more memory than a batch's output.
+        if self.norm is not None and (len(x) == 1 or not self._outweighs(run, x)):
+            run.scratch[self] = (weight, None)
         return y
 
     def _outweighs(self, run: Run, x: Tensor) -> bool:
-        """Whether the weight has more elements than the output, which is then scaled instead."""
+        """Whether the weight has more elements than the output."""
         weight: Tensor = run.value(self.conv.args["weight"])
         return weight.numel() > len(x) * math.prod(self.conv.shape(self.conv.node)[1:])
 
-    def _normalize(self, run: Run, x: Tensor, other: Tensor | None) -> Tensor:
+    def _leaves_weight(self, run: Run, x: Tensor) -> bool:
+        """Whether it is less work to scale the output: a weight to be laid out is copied anyway."""
         weight: Tensor = run.value(self.conv.args["weight"])
-        scale = self.scale(run, weight.dim())
-        # Both directions want the weight laid out as x is. For one sample that is worth keeping; a
-        # batch has better use for the memory.
-        if len(x) == 1:
-            like = run.like(self.conv.args["input"])
-            if not _is_laid_out(weight, like):
-                weight = _new_weight(weight, like).copy_(weight)
-            run.scratch[self] = (weight, scale)
-        y = self._plain(x, weight, None)
-        shift = self.shift(run, scale.view(-1)).view_as(scale)
+        is_laid_out = _is_laid_out(weight, run.like(self.conv.args["input"]))
+        return (is_laid_out and self._outweighs(run, x)) or _dwarfs(weight, x)
+
+    def _normalize(self, run: Run, x: Tensor, other: Tensor | None) -> Tensor:
+        assert self.norm is not None
+        weight: Tensor = run.value(self.conv.args["weight"])
+        if _dwarfs(weight, x):
+            y = self._plain(x.contiguous(), weight, None)
+            y = y.contiguous(memory_format=run.like(self.conv.args["input"]).memory_format)
+        else:
+            y = self._plain(x, weight, None)
+        scale, shift = (_per_channel(v, y.dim()) for v in run.scratch[self.norm.node])
         return self._finish(run, torch.addcmul(shift, y, scale, out=y), other)
 
     def _convolve(
@@ -249,12 +237,16 @@ class FoldedConvolution(Convolution):
         made = self.instruction
         left: tuple[Tensor, Tensor | None] | None = run.scratch.pop(made, None)
         if left is None:
-            scale = None if made.norm is None else made.scale(run, g.dim())
+            scale = None if made.norm is None else run.scratch[made.norm.node][0]
             left = run.value(made.conv.args["weight"]), scale
         weight, scale = left
         if scale is not None:
-            g = g * scale.to(g.dtype)
-        return self._transpose(run, call, g, weight)
+            g = g * _per_channel(scale, g.dim()).to(g.dtype)
+        if not _dwarfs(weight, g):
+            return self._transpose(run, call, g, weight)
+        like = run.like(self.operand(call))
+        result = self._transpose(run, call, g.contiguous(), weight)
+        return result.contiguous(memory_format=like.memory_format)
 
     def linear_part(self, run: Run, call: Call, x: Tensor) -> Tensor:
         args, weight = call.args, self.instruction.fold(run)[0].to(x.dtype)
@@ -354,6 +346,51 @@ def fuse(
     return replace(plan, steps=new_steps, kept=kept), instructions
 
 
+@dataclass(frozen=True, eq=False)
+class BatchNorms:
+    """The scale and shift of several batch norms, worked out together: each is a few tiny calls.
+
+    Attributes:
+        folded: The convolutions they are folded into.
+    """
+
+    folded: tuple[FusedConvolution, ...]
+
+    def __call__(self, run: Run) -> None:
+        """Leaves them in the run's scratch, where a batch norm's node finds both."""
+        norms = [made.norm for made in self.folded if made.norm is not None]
+
+        def gather(calls: Iterable[Call], name: str) -> Tensor | None:
+            values = [run.value(call.args[name]) for call in calls]
+            return None if values[0] is None else torch.cat(values)
+
+        variance, mean = gather(norms, "running_var"), gather(norms, "running_mean")
+        assert variance is not None
+        assert mean is not None
+        scale = (variance + norms[0].args["eps"]).rsqrt()
+        weight, offset = gather(norms, "weight"), gather(norms, "bias")
+        if weight is not None:
+            scale = scale * weight
+        bias = gather((made.conv for made in self.folded), "bias")
+        shift = mean * scale if bias is None else (mean - bias) * scale
+        shift = -shift if offset is None else offset - shift
+        sizes = [run.value(norm.args["running_var"]).numel() for norm in norms]
+        for norm, *both in zip(norms, scale.split(sizes), shift.split(sizes), strict=True):
+            run.scratch[norm.node] = tuple(both)
+
+
+def batch_norms(instructions: Iterable[Instruction]) -> list[BatchNorms]:
+    """The batch norms folded into convolutions, those together that are computed alike."""
+    alike: dict[Any, list[FusedConvolution]] = {}
+    for made in instructions:
+        if isinstance(made, FusedConvolution) and made.norm is not None:
+            args = made.norm.args
+            value = args["running_var"].meta["val"]
+            absent = (args["weight"] is None, args["bias"] is None, made.conv.args["bias"] is None)
+            alike.setdefault((value.dtype, args["eps"], absent), []).append(made)
+    return [BatchNorms(tuple(group)) for group in alike.values()]
+
+
 def _is_plain(call: Call) -> bool:
     """A convolution with constant weights, not transposed, on a batch."""
     name = call.target.overloadpacket.__name__
@@ -375,7 +412,12 @@ def _fuse_convolution(
 ) -> FusedConvolution | None:
     node, covers = call.node, [call.node]
     norm = other = activation = None
-    if follows is not None and isinstance(follows[0], BatchNorm) and node not in apart:
+    if (
+        follows is not None
+        and isinstance(follows[0], BatchNorm)
+        and node not in apart
+        and all(_is_given(n) for n in (*follows[1].nodes(), call.args["bias"]) if n is not node)
+    ):
         norm = follows[1]
         node = norm.node
         covers.append(node)
@@ -422,6 +464,11 @@ def _fuse_convolution(
     return FusedConvolution(
         node, call, norm, other, activation, tuple(covers), activate, window, fused
     )
+
+
+def _is_given(value: Node | None) -> bool:
+    """Whether it is there when a run begins, as parameters are that nothing computes."""
+    return value is None or value.op != "call_function"
 
 
 def _window(call: Call) -> tuple[list[int], list[int], list[int]] | None:
@@ -544,12 +591,27 @@ def _overwriting(call: Call) -> Callable[[Tensor], Tensor]:
     return lambda y: twin(y, *positional, **keywords)
 
 
+def _per_channel(value: Tensor, dims: int) -> Tensor:
+    """Shaped to multiply the channels."""
+    return value.view([1, -1] + [1] * (dims - 2))
+
+
 def _new_weight(weight: Tensor, x: Like) -> Tensor:
     """Uninitialised, laid out as x is; for signals, as the images of one row that they go as."""
     if onednn.covers_signal(x, weight):
         rows = weight.unsqueeze(2)
         return torch.empty_like(rows, memory_format=torch.channels_last).squeeze(2)
     return torch.empty_like(weight, memory_format=x.memory_format)
+
+
+def _dwarfs(weight: Tensor, image: Tensor) -> bool:
+    """Whether it is cheaper to lay out an image as the weight is than the other way round."""
+    return (
+        weight.dim() == 4
+        and weight.numel() > 20 * image.numel()
+        and not weight.is_contiguous(memory_format=torch.channels_last)
+        and onednn.covers(image, weight)
+    )
 
 
 def _is_laid_out(weight: Tensor, x: Like) -> bool:

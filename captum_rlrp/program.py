@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from .capture import CapturedGraph, place_of, unshared
 from .errors import NonFiniteError
-from .fusion import Instruction
+from .fusion import Instruction, batch_norms
 from .kernels.reference import same_layout
 from .layout import Layout, memory_format
 from .rules import Call, Relevance
@@ -72,6 +72,7 @@ class Program:
         self.kernels = kernels
         self.wanted = tuple(wanted)
         self.instructions = instructions or {}
+        self.norms = batch_norms(self.instructions.values())
         covered = {n for made in self.instructions.values() for n in made.covers}
         self.calls = [
             node
@@ -139,6 +140,8 @@ class Run:
             for node in program.plan.roots:
                 if node.op == "placeholder":
                     values[node] = _channels_last(values[node])
+        for norms in program.norms:
+            norms(self)
         for i, node in enumerate(program.calls):
             made = program.instructions.get(node)
             if node in program.saturates and program.saturates[node] in values:

@@ -163,6 +163,41 @@ def test_signals(batch: int, channels: int) -> None:
         assert distance(actual, expected) < TOLERANCE[dtype]
 
 
+class Positive(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.softplus(x)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 40])
+def test_batch_norms_of_every_kind(batch: int) -> None:
+    """Folded together where they are alike: given or computed, with and without scale and bias."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 6, 1, bias=False), nn.BatchNorm2d(6, affine=False), nn.ReLU()),
+        *(nn.Conv2d(6, 96, 3, stride=2), nn.BatchNorm2d(96, eps=0.1), nn.ReLU()),
+        # Weights that dwarf their images.
+        *(nn.Conv2d(96, 160, 3, padding=1, bias=False), nn.BatchNorm2d(160), nn.ReLU()),
+        *(nn.Conv2d(160, 160, (3, 1), padding=(1, 0)), nn.BatchNorm2d(160), nn.Flatten()),
+        nn.Linear(640, 3),
+    )
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            if module.affine:
+                nn.init.normal_(module.weight)
+                nn.init.normal_(module.bias)
+    nn.utils.parametrize.register_parametrization(model[10], "weight", Positive())
+    model, x = model.eval().double(), torch.randn(batch, 3, 5, 5, dtype=torch.float64)
+    expected = RelativeLRP(model, backend="reference").attribute(x, target=2)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        rlrp = RelativeLRP(model.to(dtype))
+        actual, delta = rlrp.attribute(x.to(dtype), target=2, return_convergence_delta=True)
+        assert distance(actual, expected) < TOLERANCE[dtype]
+        assert delta.max() < {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 1}[dtype]
+
+
 class Aliases(nn.Module):
     """One value that is read last by a section, and before that under other names."""
 

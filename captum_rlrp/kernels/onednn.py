@@ -28,7 +28,7 @@ ACTIVATIONS: dict[Any, tuple[str, tuple[float | str, ...]]] = {
     aten.leaky_relu: ("leaky_relu", ("negative_slope",)),
 }
 
-_FEW_ROWS = 1024  # up to which a matrix product is faster than a convolution of 1×1
+_FEW_ROWS = 4096  # up to which a matrix product is faster than a convolution of 1×1
 
 Activation = tuple[str, list[float]]
 NONE: Activation = ("none", [])
