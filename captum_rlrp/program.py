@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +24,7 @@ from .rules.skip import Sum
 from .sections import Plan, Single
 
 
-@dataclass(frozen=True)
-class Like:
+class Like(NamedTuple):
     """What is remembered of a value that was not kept."""
 
     shape: torch.Size
@@ -98,8 +97,6 @@ class Program:
         for node, i in last.items():
             if node not in keep:
                 self.released[i].append(node)
-        # What a fused run may write over once it was read for the last time.
-        self.overwritable = unshared(graph) - {graph.output} if self.instructions else frozenset()
         # A kept value is freed as soon as the last step that reads it is done.
         self.finished: list[list[Node]] = [[] for _ in plan.steps]
         seen: set[Node] = set()
@@ -108,6 +105,9 @@ class Program:
                 if node not in seen:
                     seen.add(node)
                     self.finished[i].append(node)
+        # What a fused run may write over once it was read for the last time.
+        overwritable = unshared(graph) - {graph.output} if self.instructions else frozenset()
+        self.spent = [overwritable.intersection(nodes) for nodes in self.finished]
 
     def forward(self, values: Mapping[Node, Any]) -> Run:
         """Runs the model on the values of its placeholders."""
@@ -166,7 +166,7 @@ class Run:
         if isinstance(argument, Node):
             return self._values[argument]
         if isinstance(argument, (list, tuple)):
-            return type(argument)(self._resolve(item) for item in argument)
+            return type(argument)([self._resolve(item) for item in argument])
         if isinstance(argument, dict):
             return {key: self._resolve(item) for key, item in argument.items()}
         if isinstance(argument, slice):
@@ -366,7 +366,7 @@ class Run:
             terms = arrived.pop(step.output, None)
             if terms is not None:
                 if not measure_delta:  # which reads the value once more
-                    self._spent = self.program.overwritable.intersection(self.program.finished[i])
+                    self._spent = self.program.spent[i]
                 if self.is_tapped(step.output):
                     wanted[step.output] = terms
                     terms = [term._replace(owned=False) for term in terms]
