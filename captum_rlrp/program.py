@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from .capture import CapturedGraph, place_of, unshared
 from .errors import NonFiniteError
-from .fusion import Instruction, batch_norms
+from .instructions import Instruction, batch_norms
 from .kernels.reference import same_layout
 from .layout import Layout, memory_format
 from .rules import Call, Relevance

@@ -1,0 +1,344 @@
+"""What a fused forward does in place of the captured calls, and the rules for the way back.
+
+Each yields the value of one node, and leaves what the way back needs in ``run.scratch``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .kernels import onednn
+from .kernels.reference import accumulation_dtype
+from .rules import Call
+from .rules.convolution import Convolution
+from .rules.pooling import MaxPool
+from .rules.skip import Sum
+
+if TYPE_CHECKING:
+    from .program import Like, Run
+
+aten = torch.ops.aten
+
+# Activations with |act(z)| ≤ |z|.
+_SHRINKING = {aten.relu, aten.relu6, aten.silu, aten.hardswish, aten.tanh}
+
+
+@dataclass(frozen=True, eq=False)
+class FusedConvolution:
+    """conv → batch norm? → + other? → activation?, as one instruction.
+
+    Attributes:
+        node: The node whose value it yields.
+        conv: The convolution.
+        norm: The batch norm folded into it.
+        other: The summand added to it.
+        activation: The call of the elementwise activation at the end.
+        covers: All nodes it stands for.
+        activate: The activation, in place.
+        window: Stride, padding and dilation for each axis; None where padding is a word.
+        fused: What oneDNN calls the activation, if it knows it.
+    """
+
+    node: Node
+    conv: Call
+    norm: Call | None
+    other: Node | None
+    activation: Call | None
+    covers: tuple[Node, ...]
+    activate: Callable[[Tensor], Tensor] | None
+    window: tuple[list[int], list[int], list[int]] | None
+    fused: onednn.Activation | None
+
+    @property
+    def reads(self) -> tuple[Node, ...]:
+        """The values it is computed from."""
+        nodes = [*self.conv.nodes(), *([self.other] if self.other is not None else [])]
+        if self.norm is not None:
+            nodes += [n for n in self.norm.nodes() if n is not self.conv.node]
+        return tuple(nodes)
+
+    def fold(self, run: Run) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The convolution's parameters with the batch norm folded in.
+
+        Returns:
+            The weight, laid out as the convolutions of either direction want it; the bias; and each
+            filter's ``Σ |w|``, if it is known.
+        """
+        weight: Tensor = run.value(self.conv.args["weight"])
+        bias: Tensor | None = run.value(self.conv.args["bias"])
+        x = run.like(self.conv.args["input"])
+        if self.norm is None:
+            if _is_laid_out(weight, x):
+                return weight, bias, None
+            folded, mass = run.kernels.accumulate([(weight, None)], out=_new_weight(weight, x))
+            return folded, bias, mass
+        scale, shift = run.scratch[self.norm.node]
+        factor = scale.to(accumulation_dtype(weight.dtype))
+        folded, mass = run.kernels.accumulate([(weight, factor)], out=_new_weight(weight, x))
+        return folded, shift, mass
+
+    def __call__(self, run: Run) -> Tensor:
+        x: Tensor = run.value(self.conv.args["input"])
+        other: Tensor | None = run.value(self.other)
+        if self.norm is not None and self._leaves_weight(run, x):
+            return self._normalize(run, x, other)
+        weight, bias, mass = self.fold(run)
+        y = self._convolve(run, x, other, weight, bias, mass)
+        # For the way back, unless it takes more memory than a batch's output.
+        if self.norm is not None and (len(x) == 1 or not self._outweighs(run, x)):
+            run.scratch[self] = (weight, None)
+        return y
+
+    def _outweighs(self, run: Run, x: Tensor) -> bool:
+        """Whether the weight has more elements than the output."""
+        weight: Tensor = run.value(self.conv.args["weight"])
+        return weight.numel() > len(x) * math.prod(self.conv.shape(self.conv.node)[1:])
+
+    def _leaves_weight(self, run: Run, x: Tensor) -> bool:
+        """Whether it is less work to scale the output: a weight to be laid out is copied anyway."""
+        weight: Tensor = run.value(self.conv.args["weight"])
+        is_laid_out = _is_laid_out(weight, run.like(self.conv.args["input"]))
+        return (is_laid_out and self._outweighs(run, x)) or _dwarfs(weight, x)
+
+    def _normalize(self, run: Run, x: Tensor, other: Tensor | None) -> Tensor:
+        assert self.norm is not None
+        weight: Tensor = run.value(self.conv.args["weight"])
+        if _dwarfs(weight, x):
+            y = self._plain(x.contiguous(), weight, None)
+            y = y.contiguous(memory_format=run.like(self.conv.args["input"]).memory_format)
+        else:
+            y = self._plain(x, weight, None)
+        scale, shift = (_per_channel(v, y.dim()) for v in run.scratch[self.norm.node])
+        return self._finish(run, torch.addcmul(shift, y, scale, out=y), other)
+
+    def _convolve(
+        self,
+        run: Run,
+        x: Tensor,
+        other: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        mass: Tensor | None,
+    ) -> Tensor:
+        if self.fused is not None and self.window is not None and onednn.covers(x, weight):
+            groups = self.conv.args["groups"]
+            y = onednn.convolution(x, weight, bias, *self.window, groups, self.fused, other)
+            if y is not None:
+                if self.activation is not None:  # oneDNN's hide even a NaN
+                    source = self.conv.args["input"]
+                    shrinks = self.activation.target.overloadpacket in _SHRINKING
+                    result = self.node if shrinks else None
+                    run.watch_convolution(source, weight, mass, bias, self.other, result, y)
+                return y
+        return self._finish(run, self._plain(x, weight, bias), other)
+
+    def _plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution alone."""
+        args = self.conv.args
+        if self.window is not None and onednn.covers(x, weight):
+            plain = onednn.convolution(x, weight, bias, *self.window, args["groups"])
+            assert plain is not None
+            return plain
+        y: Tensor = self.conv.target(
+            x, weight, bias, args["stride"], args["padding"], args["dilation"], args["groups"]
+        )
+        return y
+
+    def _finish(self, run: Run, y: Tensor, other: Tensor | None) -> Tensor:
+        """The sum and the activation, in place."""
+        if other is not None:
+            y = y.add_(other)
+        if self.activate is None:
+            return y
+        run.watch(y)
+        return self.activate(y)
+
+
+@dataclass(frozen=True, eq=False)
+class BatchNorms:
+    """The scale and shift of several batch norms, worked out together: each is a few tiny calls.
+
+    Attributes:
+        folded: The convolutions they are folded into.
+    """
+
+    folded: tuple[FusedConvolution, ...]
+
+    def __call__(self, run: Run) -> None:
+        """Leaves them in the run's scratch, where a batch norm's node finds both."""
+        norms = [made.norm for made in self.folded if made.norm is not None]
+
+        def gather(calls: Iterable[Call], name: str) -> Tensor | None:
+            values = [run.value(call.args[name]) for call in calls]
+            return None if values[0] is None else torch.cat(values)
+
+        variance, mean = gather(norms, "running_var"), gather(norms, "running_mean")
+        assert variance is not None
+        assert mean is not None
+        scale = (variance + norms[0].args["eps"]).rsqrt()
+        weight, offset = gather(norms, "weight"), gather(norms, "bias")
+        if weight is not None:
+            scale = scale * weight
+        bias = gather((made.conv for made in self.folded), "bias")
+        shift = mean * scale if bias is None else (mean - bias) * scale
+        shift = -shift if offset is None else offset - shift
+        sizes = [run.value(norm.args["running_var"]).numel() for norm in norms]
+        for norm, *both in zip(norms, scale.split(sizes), shift.split(sizes), strict=True):
+            run.scratch[norm.node] = tuple(both)
+
+
+def batch_norms(instructions: Iterable[Instruction]) -> list[BatchNorms]:
+    """The batch norms folded into convolutions, those together that are computed alike."""
+    alike: dict[Any, list[FusedConvolution]] = {}
+    for made in instructions:
+        if isinstance(made, FusedConvolution) and made.norm is not None:
+            args = made.norm.args
+            value = args["running_var"].meta["val"]
+            absent = (args["weight"] is None, args["bias"] is None, made.conv.args["bias"] is None)
+            alike.setdefault((value.dtype, value.device, args["eps"], absent), []).append(made)
+    return [BatchNorms(tuple(group)) for group in alike.values()]
+
+
+@dataclass(frozen=True, eq=False)
+class InPlace:
+    """An elementwise call that overwrites an operand nobody reads again."""
+
+    node: Node
+    call: Call
+    covers: tuple[Node, ...]
+    activate: Callable[[Tensor], Tensor]
+
+    @property
+    def reads(self) -> tuple[Node, ...]:
+        """The values it is computed from."""
+        return tuple(self.call.nodes())
+
+    def __call__(self, run: Run) -> Tensor:
+        return self.activate(run.value(self.call.active[0]))
+
+
+@dataclass(frozen=True, eq=False)
+class WinnersPool:
+    """Max pooling that leaves the winners for the way back, so that its input is not kept."""
+
+    node: Node
+    call: Call
+    rule: MaxPool
+    covers: tuple[Node, ...]
+
+    @property
+    def reads(self) -> tuple[Node, ...]:
+        """The values it is computed from."""
+        return tuple(self.call.nodes())
+
+    def __call__(self, run: Run) -> Tensor:
+        y, run.scratch[self] = self.rule.pool(run, self.call)
+        return y
+
+
+Instruction = FusedConvolution | InPlace | WinnersPool
+
+
+class RememberedMaxPool(MaxPool):
+    """Max pooling whose winners the forward left."""
+
+    def __init__(self, instruction: WinnersPool) -> None:
+        super().__init__(instruction.rule.axes, instruction.rule.adaptive)
+        self.instruction = instruction
+
+    def needs(self, call: Call) -> tuple[Node, ...]:
+        return ()
+
+    def winners(self, run: Run, call: Call) -> Tensor:
+        winners: Tensor = run.scratch.pop(self.instruction)
+        return winners
+
+
+class FoldedConvolution(Convolution):
+    """A convolution, with the batch norm behind it if there is one, as one link of a section."""
+
+    def __init__(self, instruction: FusedConvolution) -> None:
+        self.instruction = instruction
+
+    def needs(self, call: Call) -> tuple[Node, ...]:
+        return tuple(n for n in self.instruction.reads if n not in call.active)
+
+    def transpose(self, run: Run, call: Call, g: Tensor) -> Tensor:
+        made = self.instruction
+        left: tuple[Tensor, Tensor | None] | None = run.scratch.pop(made, None)
+        if left is None:
+            scale = None if made.norm is None else run.scratch[made.norm.node][0]
+            left = run.value(made.conv.args["weight"]), scale
+        weight, scale = left
+        if scale is not None:
+            g = g * _per_channel(scale, g.dim()).to(g.dtype)
+        if not _dwarfs(weight, g):
+            return self._transpose(run, call, g, weight)
+        like = run.like(self.operand(call))
+        result = self._transpose(run, call, g.contiguous(), weight)
+        return result.contiguous(memory_format=like.memory_format)
+
+    def linear_part(self, run: Run, call: Call, x: Tensor) -> Tensor:
+        args, weight = call.args, self.instruction.fold(run)[0].to(x.dtype)
+        y: Tensor = call.target(
+            x, weight, None, args["stride"], args["padding"], args["dilation"], args["groups"]
+        )
+        return y
+
+
+class RestoredSum(Sum):
+    """A skip connection whose first summand was never stored: a = relu(a + b) − b.
+
+    Args:
+        first: The call's operand that is recovered.
+        other: The operand that is kept.
+        result: The value behind the ReLU.
+    """
+
+    def __init__(self, first: Node, other: Node, result: Node) -> None:
+        self.first, self.other, self.result = first, other, result
+
+    def needs(self, call: Call) -> tuple[Node, ...]:
+        return (self.result, self.other)
+
+    def propagate(self, run: Run, call: Call, terms: Any) -> Any:
+        s, b = run.value(self.result), run.value(self.other)
+        r_a, r_b = run.split(call.node, self.result, s, b, terms, from_sum=True)
+        by_node = {self.first: [r_a], self.other: [r_b]}
+        return [by_node[node] for node in call.active]
+
+
+def _per_channel(value: Tensor, dims: int) -> Tensor:
+    """Shaped to multiply the channels."""
+    return value.view([1, -1] + [1] * (dims - 2))
+
+
+def _new_weight(weight: Tensor, x: Like) -> Tensor:
+    """Uninitialised, laid out as x is; for signals, as the images of one row that they go as."""
+    if onednn.covers_signal(x, weight):
+        rows = weight.unsqueeze(2)
+        return torch.empty_like(rows, memory_format=torch.channels_last).squeeze(2)
+    return torch.empty_like(weight, memory_format=x.memory_format)
+
+
+def _dwarfs(weight: Tensor, image: Tensor) -> bool:
+    """Whether it is cheaper to lay out an image as the weight is than the other way round."""
+    return (
+        weight.dim() == 4
+        and weight.numel() > 20 * image.numel()
+        and not weight.is_contiguous(memory_format=torch.channels_last)
+        and onednn.covers(image, weight)
+    )
+
+
+def _is_laid_out(weight: Tensor, x: Like) -> bool:
+    if onednn.covers_signal(x, weight):
+        return weight.unsqueeze(2).is_contiguous(memory_format=torch.channels_last)
+    return weight.is_contiguous(memory_format=x.memory_format)
