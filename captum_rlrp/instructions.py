@@ -18,6 +18,7 @@ from .kernels import onednn
 from .kernels.reference import accumulation_dtype
 from .rules import Call
 from .rules.convolution import Convolution
+from .rules.normalization import batch_norm_scale, per_channel
 from .rules.pooling import MaxPool
 from .rules.skip import Sum
 
@@ -105,17 +106,13 @@ class FusedConvolution:
         """Whether it is less work to scale the output: a weight to be laid out is copied anyway."""
         weight: Tensor = run.value(self.conv.args["weight"])
         is_laid_out = _is_laid_out(weight, run.like(self.conv.args["input"]))
-        return (is_laid_out and self._outweighs(run, x)) or _dwarfs(weight, x)
+        return (is_laid_out and self._outweighs(run, x)) or onednn.dwarfs(weight, x)
 
     def _normalize(self, run: Run, x: Tensor, other: Tensor | None) -> Tensor:
         assert self.norm is not None
         weight: Tensor = run.value(self.conv.args["weight"])
-        if _dwarfs(weight, x):
-            y = self._plain(x.contiguous(), weight, None)
-            y = y.contiguous(memory_format=run.like(self.conv.args["input"]).memory_format)
-        else:
-            y = self._plain(x, weight, None)
-        scale, shift = (_per_channel(v, y.dim()) for v in run.scratch[self.norm.node])
+        y = self._plain(x, weight, None)
+        scale, shift = (per_channel(v, y.dim()) for v in run.scratch[self.norm.node])
         return self._finish(run, torch.addcmul(shift, y, scale, out=y), other)
 
     def _convolve(
@@ -182,11 +179,8 @@ class BatchNorms:
         variance, mean = gather(norms, "running_var"), gather(norms, "running_mean")
         assert variance is not None
         assert mean is not None
-        scale = (variance + norms[0].args["eps"]).rsqrt()
-        weight, offset = gather(norms, "weight"), gather(norms, "bias")
-        if weight is not None:
-            scale = scale * weight
-        bias = gather((made.conv for made in self.folded), "bias")
+        scale = batch_norm_scale(variance, norms[0].args["eps"], gather(norms, "weight"))
+        offset, bias = gather(norms, "bias"), gather((made.conv for made in self.folded), "bias")
         shift = mean * scale if bias is None else (mean - bias) * scale
         shift = -shift if offset is None else offset - shift
         sizes = [run.value(norm.args["running_var"]).numel() for norm in norms]
@@ -278,12 +272,8 @@ class FoldedConvolution(Convolution):
             left = run.value(made.conv.args["weight"]), scale
         weight, scale = left
         if scale is not None:
-            g = g * _per_channel(scale, g.dim()).to(g.dtype)
-        if not _dwarfs(weight, g):
-            return self._transpose(run, call, g, weight)
-        like = run.like(self.operand(call))
-        result = self._transpose(run, call, g.contiguous(), weight)
-        return result.contiguous(memory_format=like.memory_format)
+            g = g * per_channel(scale, g.dim()).to(g.dtype)
+        return self._transpose(run, call, g, weight)
 
     def linear_part(self, run: Run, call: Call, x: Tensor) -> Tensor:
         args, weight = call.args, self.instruction.fold(run)[0].to(x.dtype)
@@ -315,27 +305,12 @@ class RestoredSum(Sum):
         return [by_node[node] for node in call.active]
 
 
-def _per_channel(value: Tensor, dims: int) -> Tensor:
-    """Shaped to multiply the channels."""
-    return value.view([1, -1] + [1] * (dims - 2))
-
-
 def _new_weight(weight: Tensor, x: Like) -> Tensor:
     """Uninitialised, laid out as x is; for signals, as the images of one row that they go as."""
     if onednn.covers_signal(x, weight):
         rows = weight.unsqueeze(2)
         return torch.empty_like(rows, memory_format=torch.channels_last).squeeze(2)
     return torch.empty_like(weight, memory_format=x.memory_format)
-
-
-def _dwarfs(weight: Tensor, image: Tensor) -> bool:
-    """Whether it is cheaper to lay out an image as the weight is than the other way round."""
-    return (
-        weight.dim() == 4
-        and weight.numel() > 20 * image.numel()
-        and not weight.is_contiguous(memory_format=torch.channels_last)
-        and onednn.covers(image, weight)
-    )
 
 
 def _is_laid_out(weight: Tensor, x: Like) -> bool:

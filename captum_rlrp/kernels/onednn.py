@@ -105,8 +105,12 @@ def convolution(
     if other is None and is_product(x, weight, stride, padding, groups):
         return product(x, weight, bias, activation)
     if other is None:
-        geometry = (padding, stride, dilation, groups)
-        y = ops._convolution_pointwise(x, weight, bias, *geometry, *activation, "")
+        geometry, small = (padding, stride, dilation, groups), dwarfs(weight, x)
+        y = ops._convolution_pointwise(
+            x.contiguous() if small else x, weight, bias, *geometry, *activation, ""
+        )
+        if small:
+            y = y.contiguous(memory_format=reference.memory_format(x))
     else:
         name, _ = activation
         if name not in ("none", "relu") or other.stride() != _strides_like(x, other):
@@ -116,6 +120,16 @@ def convolution(
             "add", 1.0, None if name == "none" else name, [], "",
         )  # fmt: skip
     return y
+
+
+def dwarfs(weight: Tensor, image: Tensor) -> bool:
+    """Whether it is cheaper to lay out an image as the weight is than the other way round."""
+    return (
+        weight.dim() == 4
+        and weight.numel() > 20 * image.numel()
+        and not weight.is_contiguous(memory_format=torch.channels_last)
+        and covers(image, weight)
+    )
 
 
 def is_product(

@@ -29,10 +29,9 @@ class BatchNorm(LinearRule):
 
     def scale(self, run: Run, call: Call, dims: int) -> Tensor:
         """γ/√(σ² + ε), shaped to multiply the channels."""
-        scale: Tensor = (run.value(call.args["running_var"]) + call.args["eps"]).rsqrt()
-        if call.args["weight"] is not None:
-            scale = scale * run.value(call.args["weight"])
-        return scale.view([1, -1] + [1] * (dims - 2))
+        args = call.args
+        variance, weight = run.value(args["running_var"]), run.value(args["weight"])
+        return per_channel(batch_norm_scale(variance, args["eps"], weight), dims)
 
     def transpose(self, run: Run, call: Call, g: Tensor) -> Tensor:
         return g * self.scale(run, call, g.dim()).to(g.dtype)
@@ -45,3 +44,14 @@ class BatchNorm(LinearRule):
 
     def route(self, run: Run, call: Call, r: Tensor) -> Tensor:
         return r
+
+
+def batch_norm_scale(variance: Tensor, eps: float, weight: Tensor | None) -> Tensor:
+    """γ/√(σ² + ε)."""
+    scale = (variance + eps).rsqrt()
+    return scale if weight is None else scale * weight
+
+
+def per_channel(value: Tensor, dims: int) -> Tensor:
+    """Shaped to multiply the channels of a value with so many axes."""
+    return value.view([1, -1] + [1] * (dims - 2))
