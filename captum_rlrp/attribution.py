@@ -213,11 +213,11 @@ class RelativeLRP(_Explainer, Attribution):
         tensors = _check_inputs(inputs)
         _check_floating(tensors, self.model)
         additional = _format_additional_forward_args(additional_forward_args) or ()
-        check_eval_mode(self._engine.model)
         batch = len(tensors[0])
         if internal_batch_size is not None and internal_batch_size < 1:
             raise InputError(f"internal_batch_size must be at least 1, not {internal_batch_size}.")
         if batch == 0:
+            check_eval_mode(self._engine.model)
             parts = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in tensors]
             delta = torch.zeros(0, dtype=_delta_dtype(tensors[0]), device=tensors[0].device)
         else:
@@ -321,7 +321,6 @@ class LayerRelativeLRP(_Explainer, LayerAttribution):
         """
         tensors = _check_inputs(inputs)
         additional = _format_additional_forward_args(additional_forward_args) or ()
-        check_eval_mode(self._engine.model)
         batch = len(tensors[0])
         key = (attribute_to_layer_input, None if self._names is None else str(self._names))
 

@@ -6,6 +6,7 @@ Knows neither Captum nor targets; :mod:`captum_rlrp.attribution` adds those.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -39,11 +40,27 @@ class Captured:
     explained: tuple[Node, ...]
     wanted: tuple[Node, ...]
     parameters: tuple[tuple[str, Node, torch.Size, torch.dtype, torch.device], ...]
+    modules: tuple[weakref.ref[nn.Module], ...]
 
     @property
     def per_sample(self) -> bool:
         """Captured for a batch of one: samples go through one by one."""
         return self.program.graph.batch is None
+
+    def bind(self, model: nn.Module) -> dict[Node, Tensor] | None:
+        """The parameters as they are now; None where they do not fit the program any more."""
+        # Of a module that is gone, another may have the id.
+        if any(module() is None for module in self.modules):
+            return None
+        values = {}
+        try:
+            for name, node, shape, dtype, device in self.parameters:
+                value = values[node] = _attribute(model, name)
+                if value.shape != shape or value.dtype != dtype or value.device != device:
+                    return None
+        except AttributeError:
+            return None
+        return values
 
 
 @dataclass(frozen=True)
@@ -108,13 +125,13 @@ class Engine:
         """
         args = (*inputs, *additional)
         batch = len(inputs[0])
-        captured = self.captured(args, len(inputs), batch, wanted, key)
+        captured, parameters = self._bound(args, len(inputs), batch, wanted, key)
         size = 1 if captured.per_sample else internal_batch_size or batch
         parts = []
         for first in range(0, batch, size):
             rows = slice(first, min(first + size, batch))
             some = args if size >= batch else _take(args, rows, batch)
-            parts.append(self._run(captured, some, rows, start, measure_delta))
+            parts.append(self._run(captured, parameters, some, rows, start, measure_delta))
         if len(parts) == 1:
             return parts[0]
         relevance = [
@@ -134,19 +151,33 @@ class Engine:
         key: Hashable = None,
     ) -> Captured:
         """The program for arguments like these, captured if it is not at hand."""
+        return self._bound(args, explained, batch, wanted, key)[0]
+
+    def _bound(
+        self,
+        args: Sequence[Any],
+        explained: int,
+        batch: int,
+        wanted: WantedFunction | None,
+        key: Hashable,
+    ) -> tuple[Captured, dict[Node, Tensor]]:
+        """The program and the model's parameters."""
         signature = (key, explained, _modules(self.model), _signature(args, batch))
         with self._lock:
             found = self._cache.get(signature)
             if found is not None:
                 self._cache.move_to_end(signature)
-        if found is not None and self._still_fits(found):
-            return found
+        parameters = found.bind(self.model) if found is not None else None
+        if found is not None and parameters is not None:
+            return found, parameters
         made = self._capture(args, explained, batch, wanted)
         with self._lock:
             self._cache[signature] = made
             while len(self._cache) > _CACHED_PROGRAMS:
                 self._cache.popitem(last=False)
-        return made
+        parameters = made.bind(self.model)
+        assert parameters is not None
+        return made, parameters
 
     def _capture(
         self, args: Sequence[Any], explained: int, batch: int, wanted: WantedFunction | None
@@ -172,7 +203,8 @@ class Engine:
             for node, name in graph.parameters.items()
             for value in (_attribute(self.model, name),)
         )
-        return Captured(program, tuple(nodes), tuple(taps), parameters)
+        modules = tuple(map(weakref.ref, self.model.modules()))
+        return Captured(program, tuple(nodes), tuple(taps), parameters, modules)
 
     def _capture_single(
         self, args: Sequence[Any], batch: int, error: CaptureError | None
@@ -206,30 +238,12 @@ class Engine:
                 f"with or without an explanation: {type(error).__name__}: {error}"
             ) from error
 
-    def _still_fits(self, captured: Captured) -> bool:
-        try:
-            for name, _, shape, dtype, device in captured.parameters:
-                value = _attribute(self.model, name)
-                if value.shape != shape or value.dtype != dtype or value.device != device:
-                    return False
-        except AttributeError:
-            return False
-        return True
-
     # ---- run ----------------------------------------------------------------------------------
-
-    def _values(self, captured: Captured, args: Sequence[Any]) -> dict[Node, Any]:
-        graph = captured.program.graph
-        values: dict[Node, Any] = dict(graph.constants)
-        for node, value in zip(graph.inputs, flatten_arguments(args), strict=True):
-            values[node] = value.detach() if isinstance(value, Tensor) else value
-        for name, node, *_ in captured.parameters:
-            values[node] = _attribute(self.model, name)
-        return values
 
     def _run(
         self,
         captured: Captured,
+        parameters: dict[Node, Tensor],
         args: Sequence[Any],
         rows: slice,
         start: StartFunction,
@@ -237,7 +251,9 @@ class Engine:
     ) -> Explanation:
         graph = captured.program.graph
         with torch.no_grad(), _no_autocast(args):
-            values = self._values(captured, args)
+            values: dict[Node, Any] = {**graph.constants, **parameters}
+            for node, value in zip(graph.inputs, flatten_arguments(args), strict=True):
+                values[node] = value.detach() if isinstance(value, Tensor) else value
             inputs = {n: values[n] for n in graph.inputs if isinstance(values[n], Tensor)}
             task = Task(
                 captured.program,

@@ -19,7 +19,7 @@ from captum.attr._utils.attribution import Attribution
 from captum.metrics import infidelity, sensitivity_max
 from torch import Tensor, nn
 
-from captum_rlrp import LayerRelativeLRP, RelativeLRP, RelativeLRPError
+from captum_rlrp import LayerRelativeLRP, RelativeLRP, RelativeLRPError, engine
 from tests.oracle import Value, explain, frozen, randomise_norms, relative_error
 
 matplotlib.use("Agg")
@@ -615,6 +615,18 @@ def test_a_changed_parameter_shows_in_the_next_call(change: object) -> None:
     assert relative_error(after, expected(model, x, [1, 1])) <= 1e-4
     fresh = LayerRelativeLRP(model, model.pool).attribute(x, 1)
     assert relative_error(layer.attribute(x, 1), fresh) <= 1e-6
+
+
+def test_a_module_in_the_memory_of_one_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python gives its id to the next; the parameters look alike, the stride does not."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AvgPool2d(3), nn.Flatten()).eval()
+    x = images()
+    rlrp = RelativeLRP(model)
+    rlrp.attribute(x, 1)
+    address = id(model[0])
+    model[0] = nn.Conv2d(3, 4, 3, stride=2).eval()
+    monkeypatch.setattr(engine, "id", lambda m: address if m is model[0] else id(m), raising=False)
+    assert torch.equal(rlrp.attribute(x, 1), RelativeLRP(model).attribute(x, 1))
 
 
 def test_the_dtype_of_the_model_may_change() -> None:
