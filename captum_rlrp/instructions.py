@@ -16,8 +16,8 @@ from torch.fx import Node
 
 from .kernels import onednn
 from .kernels.reference import accumulation_dtype
-from .rules import Call
-from .rules.convolution import Convolution
+from .rules import Call, Part
+from .rules.convolution import Convolution, skipping_strides
 from .rules.normalization import batch_norm_scale, per_channel
 from .rules.pooling import MaxPool
 from .rules.skip import Sum
@@ -265,6 +265,21 @@ class FoldedConvolution(Convolution):
         return tuple(n for n in self.instruction.reads if n not in call.active)
 
     def transpose(self, run: Run, call: Call, g: Tensor) -> Tensor:
+        return self._transpose(run, call, *self._unscaled(run, g))
+
+    def transpose_part(self, run: Run, call: Call, g: Tensor) -> tuple[Tensor, Part] | None:
+        """Of a 1×1 convolution with a stride, which most pixels do not reach."""
+        strides = skipping_strides(call)
+        # In 16 bits what is added to the sums of other paths would be rounded once more.
+        if strides is None or g.dtype.itemsize < 4:
+            return None
+        g, weight = self._unscaled(run, g)
+        shape = (len(g), run.like(call.args["input"]).shape[1], *g.shape[2:])
+        g = run.kernels.conv(g, weight.to(g.dtype), shape, groups=call.args["groups"])
+        return g, (slice(None), slice(None), *(slice(None, None, s) for s in strides))
+
+    def _unscaled(self, run: Run, g: Tensor) -> tuple[Tensor, Tensor]:
+        """g and the weight that is left to transpose."""
         made = self.instruction
         left: tuple[Tensor, Tensor | None] | None = run.scratch.pop(made, None)
         if left is None:
@@ -273,7 +288,7 @@ class FoldedConvolution(Convolution):
         weight, scale = left
         if scale is not None:
             g = g * per_channel(scale, g.dim()).to(g.dtype)
-        return self._transpose(run, call, g, weight)
+        return g, weight
 
     def linear_part(self, run: Run, call: Call, x: Tensor) -> Tensor:
         args, weight = call.args, self.instruction.fold(run)[0].to(x.dtype)

@@ -18,7 +18,7 @@ from .errors import NonFiniteError
 from .instructions import Instruction, batch_norms
 from .kernels.reference import same_layout
 from .layout import Layout, memory_format
-from .rules import Call, Relevance
+from .rules import Call, Part, Relevance
 from .rules.passthrough import PassThrough
 from .rules.skip import Sum
 from .sections import Plan, Single
@@ -290,21 +290,76 @@ class Run:
         )
 
     def carry(
-        self, node: Node, g: Tensor, r: Relevance, *, may_overwrite: bool = False
+        self,
+        node: Node,
+        g: Tensor,
+        r: Relevance,
+        *,
+        may_overwrite: bool = False,
+        part: Part | None = None,
     ) -> Relevance:
-        """``v ⊙ g``, carried to the mass of `r`: the rule of method.md §2 at the value `node`."""
+        """``v ⊙ g``, carried to the mass of `r`: the rule of method.md §2 at the value `node`.
+
+        Args:
+            node: The value.
+            g: What it is multiplied by.
+            r: Relevance at the end of the section.
+            may_overwrite: Whether the memory of g may be used.
+            part: Where g lies in the value, if it is 0 elsewhere.
+        """
         assert r.mass is not None
-        layout = self.layout(node)
-        v = layout.samples_first(self._values[node].to(g.dtype), self.batch)
+        layout, shape = self.layout(node), g.shape
+        v = self._values[node] if part is None else self._values[node][part]
+        v = layout.samples_first(v.to(g.dtype), self.batch)
         g = layout.samples_first(g, self.batch)
+        if part is not None:  # v lies scattered: the result is better laid out as g is
+            v, g, may_overwrite = g, v, False
         # Rather over v than over g: the next g then finds the memory of this one free.
-        if node in self._spent and same_layout(v, g):
+        elif node in self._spent and same_layout(v, g):
             v, g, may_overwrite = g, v, True
         q, s = self.kernels.product(v, g, r.factor, inplace=may_overwrite)
         self._masses.append(s)
         # Where ‖q‖₁ = 0, q is 0 and stays 0 whatever the factor, as long as that is finite.
         factor = r.mass / s.clamp_min(torch.finfo(s.dtype).tiny)
-        return Relevance(layout.restore(q, self.like(node).shape), factor, r.mass, owned=True)
+        return Relevance(layout.restore(q, shape), factor, r.mass, owned=True, part=part)
+
+    def whole(self, node: Node, terms: list[Relevance]) -> list[Relevance]:
+        """Terms that lie in a part of the value only, written into one that fills all of it."""
+        if all(term.part is None for term in terms):
+            return terms
+        result = [term for term in terms if term.part is None]
+        for term in terms:
+            if term.part is None:
+                continue
+            at = next((i for i, t in enumerate(result) if t.owned), None)
+            if at is None:
+                like = self.like(node)
+                values = torch.empty(
+                    like.shape,
+                    dtype=like.dtype,
+                    device=like.device,
+                    memory_format=like.memory_format,
+                ).zero_()
+                values[term.part] = term.values
+                result.append(term._replace(values=values, owned=True, part=None))
+            else:
+                result[at] = self._add_part(node, result[at], term)
+        return result
+
+    def _add_part(self, node: Node, term: Relevance, part: Relevance) -> Relevance:
+        """Adds a part to what may be written over; the sum keeps the pending factor of that."""
+        assert part.factor is not None
+        ratio, factor = part.factor, term.factor
+        if factor is not None:
+            # 0 only where nothing arrived. An infinite ratio would only ever meet zeros.
+            factor = torch.where(factor == 0, 1, factor)
+            ratio = (ratio / factor).clamp_max(torch.finfo(ratio.dtype).max)
+        layout = self.layout(node)
+        there = layout.samples_first(term.values[part.part], self.batch)
+        values = layout.samples_first(part.values, self.batch)
+        _, mass = self.kernels.accumulate([(there, None), (values, ratio)], out=there)
+        self._masses.append(mass)
+        return Relevance(term.values, factor, None, owned=True)
 
     def is_tapped(self, node: Node) -> bool:
         """Whether the relevance at this value is asked for."""
@@ -365,6 +420,7 @@ class Run:
             step = plan.steps[i]
             terms = arrived.pop(step.output, None)
             if terms is not None:
+                terms = self.whole(step.output, terms)
                 if not measure_delta:  # which reads the value once more
                     self._spent = self.program.spent[i]
                 if self.is_tapped(step.output):
@@ -388,6 +444,7 @@ class Run:
         if not terms:
             return None
         layout = self.layout(node)
+        terms = self.whole(node, terms)
         views = [(layout.samples_first(t.values, self.batch), t.factor) for t in terms]
         values, mass = self.kernels.accumulate(views)
         self._masses.append(mass)

@@ -198,6 +198,44 @@ def test_batch_norms_of_every_kind(batch: int) -> None:
         assert delta.max() < {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 1}[dtype]
 
 
+class Fork(nn.Module):
+    """The skip connection reads every other pixel, the main branch all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main = nn.Conv2d(4, 8, 3, stride=2, padding=1, bias=False)
+        self.short = nn.Conv2d(4, 8, 1, stride=2, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(x)
+        return self.head(torch.relu(self.main(h) + self.norm(self.short(h))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("dead", ["nothing", "main", "pixels of the skip", "everything"])
+@pytest.mark.parametrize("gain", [1.0, 1e4])
+def test_a_branch_that_carries_nothing(dead: str, gain: float) -> None:
+    """No infinite factor meets a zero, whichever branch explains nothing."""
+    torch.manual_seed(0)
+    model = Fork().eval()
+    nn.init.normal_(model.norm.bias)  # so that its relevance is not 0 although its input is
+    x = torch.rand(3, 4, 6, 6)
+    with torch.no_grad():
+        model.main.weight.mul_(0.0 if dead == "main" else gain)
+        model.norm.bias.mul_(gain)
+    if dead == "pixels of the skip":
+        x[:, :, ::2, ::2] = -1
+    if dead == "everything":
+        x = -x
+    expected = RelativeLRP(model.double(), backend="reference").attribute(x.double(), target=1)
+    assert (dead == "everything") == bool((expected == 0).all())
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        actual = RelativeLRP(model.to(dtype)).attribute(x.to(dtype), target=1)
+        gap = (actual.double() - expected).abs().sum()
+        assert gap <= TOLERANCE[dtype] * expected.abs().sum()
+
+
 class Aliases(nn.Module):
     """One value that is read last by a section, and before that under other names."""
 

@@ -98,6 +98,13 @@ LINEAR_LAYERS = {
     "conv2d grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1), (4, 4, 4)),
     "conv2d depthwise": (lambda: nn.Conv2d(3, 6, 3, groups=3, padding=1), (3, 4, 4)),
     "conv2d pointwise": (lambda: nn.Conv2d(3, 4, 1), (3, 4, 4)),
+    "conv1d that skips": (lambda: nn.Conv1d(3, 4, 1, stride=3), (3, 8)),
+    "conv2d pointwise that skips": (lambda: nn.Conv2d(3, 4, 1, stride=2), (3, 5, 4)),
+    "conv2d pointwise that skips rows, grouped": (
+        lambda: nn.Conv2d(4, 4, 1, stride=(2, 1), groups=2),
+        (4, 4, 3),
+    ),
+    "conv3d that skips": (lambda: nn.Conv3d(2, 3, 1, stride=(1, 2, 3)), (2, 3, 4, 4)),
     "conv2d one channel": (lambda: nn.Conv2d(1, 4, 3, padding=1), (1, 5, 5)),
     "conv2d stride skips a column": (lambda: nn.Conv2d(2, 3, 3, stride=2), (2, 6, 6)),
     "conv2d same": (lambda: nn.Conv2d(2, 3, (4, 3), padding="same"), (2, 5, 5)),
@@ -646,6 +653,43 @@ def test_fan_out_ends_a_section() -> None:
         return twin
 
     check(FanOut(), make_twin, torch.randn(BATCH, 4))
+
+
+class Forked(nn.Module):
+    """A value that one branch reads whole and two at every other pixel, or these two alone."""
+
+    def __init__(self, reads_all: bool) -> None:
+        super().__init__()
+        self.reads_all = reads_all
+        self.stem = nn.Conv2d(2, 6, 3, padding=1)
+        self.main = nn.Conv2d(6, 4, 3, stride=2, padding=1)
+        self.short = nn.Conv2d(6, 4, 1, stride=2, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.other = nn.Conv2d(6, 4, 1, stride=2)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.stem(x))
+        y = self.norm(self.short(h)) + torch.tanh(self.other(h))
+        if self.reads_all:
+            y = y + self.main(h)
+        return self.head(torch.relu(y).mean((2, 3)))
+
+
+@pytest.mark.parametrize("reads_all", [True, False])
+@pytest.mark.parametrize("size", [(5, 6), (1, 1)])
+def test_strides_that_skip_pixels_of_a_shared_value(reads_all: bool, size: tuple[int, int]) -> None:
+    def make_twin(m: Forked) -> Callable[[Value], Value]:
+        def twin(x: Value) -> Value:
+            h = x.linear(m.stem).act(torch.relu)
+            y = h.linear(lambda t: m.norm(m.short(t))) + h.linear(m.other).act(torch.tanh)
+            if m.reads_all:
+                y = y + h.linear(m.main)
+            return y.act(torch.relu).linear(lambda t: m.head(t.mean((2, 3))))
+
+        return twin
+
+    check(Forked(reads_all), make_twin, torch.randn(BATCH, 2, *size))
 
 
 class Nested(nn.Module):

@@ -292,7 +292,7 @@ def conv(
             return onednn.product(g, weight.transpose(0, 1), None)
     options = (stride, padding, dilation, transposed, output_padding, groups)
     if onednn.dwarfs(weight, g):
-        image = reference.conv(g.contiguous(), weight, input_shape, *options)
+        image = reference.conv(onednn.contiguous(g), weight, input_shape, *options)
         return image.contiguous(memory_format=reference.memory_format(g))
     return reference.conv(g, weight, input_shape, *options)
 

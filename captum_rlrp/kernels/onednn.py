@@ -5,6 +5,7 @@ float32 on the CPU; :func:`covers` tells.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -102,12 +103,17 @@ def convolution(
             None if other is None else other.unsqueeze(2),
         )
         return None if y is None else y.contiguous(memory_format=torch.channels_last).squeeze(2)
+    if not any(padding) and max(stride) > 1 and math.prod(weight.shape[2:]) == 1:
+        # Of 1×1, over the pixels that it reads only.
+        window = (slice(None), slice(None), *(slice(None, None, s) for s in stride))
+        x = x[window].contiguous(memory_format=reference.memory_format(x))
+        stride = [1] * len(stride)
     if other is None and is_product(x, weight, stride, padding, groups):
         return product(x, weight, bias, activation)
     if other is None:
         geometry, small = (padding, stride, dilation, groups), dwarfs(weight, x)
         y = ops._convolution_pointwise(
-            x.contiguous() if small else x, weight, bias, *geometry, *activation, ""
+            contiguous(x) if small else x, weight, bias, *geometry, *activation, ""
         )
         if small:
             y = y.contiguous(memory_format=reference.memory_format(x))
@@ -130,6 +136,14 @@ def dwarfs(weight: Tensor, image: Tensor) -> bool:
         and not weight.is_contiguous(memory_format=torch.channels_last)
         and covers(image, weight)
     )
+
+
+def contiguous(image: Tensor) -> Tensor:
+    """The image contiguous by its strides too, which at a single pixel say nothing by themselves.
+
+    oneDNN's ops go by them, and lay out a large weight for a channels_last image of one pixel.
+    """
+    return image.flatten().view(image.shape) if image.is_contiguous() else image.contiguous()
 
 
 def is_product(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .attention import ScaledDotProductAttention
-from .base import Call, LinearRule, Relevance, Rule
+from .base import Call, LinearRule, Part, Relevance, Rule
 from .choice import Chosen, Extremum, Maximum, Where
 from .convolution import Convolution
 from .dense import Dense, Matmul
@@ -19,7 +19,16 @@ from .product import GatedLinearUnit, Product, Scale
 from .shape import Copy, Dropout, Interpolate, Linear, Move, Pad, Reshape
 from .skip import Sum
 
-__all__ = ["Call", "LinearRule", "Relevance", "Rule", "find_rule", "register_rule", "reshapes"]
+__all__ = [
+    "Call",
+    "LinearRule",
+    "Part",
+    "Relevance",
+    "Rule",
+    "find_rule",
+    "register_rule",
+    "reshapes",
+]
 
 _TABLE: dict[str, Rule] = {}
 

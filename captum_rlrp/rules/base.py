@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from ..program import Run
 
 
+Part = tuple[slice, ...]
+"""An index for each axis."""
+
+
 class Relevance(NamedTuple):
     """Relevance at a value, ``r = factor · values``.
 
@@ -25,12 +29,14 @@ class Relevance(NamedTuple):
         factor: Shape ``(batch,)``; None means 1.
         mass: ``‖r‖₁`` per sample, shape ``(batch,)``; None where it was not measured.
         owned: Nobody else reads the values' memory, so they may be written over.
+        part: Where the values lie in the value, if they are all that is not 0.
     """
 
     values: Tensor
     factor: Tensor | None = None
     mass: Tensor | None = None
     owned: bool = False
+    part: Part | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +121,10 @@ class LinearRule(Rule):
     def transpose(self, run: Run, call: Call, g: Tensor) -> Tensor:
         """``Jᵀ g``, shaped like the operand."""
         return adjoint(run, call, self.operand(call), g)
+
+    def transpose_part(self, run: Run, call: Call, g: Tensor) -> tuple[Tensor, Part] | None:
+        """``Jᵀ g`` at the part of the operand that the map reads; None if it is to be whole."""
+        return None
 
     def linear_part(self, run: Run, call: Call, x: Tensor) -> Tensor:
         """``J x``: the map without its constant."""

@@ -75,6 +75,17 @@ class Convolution(LinearRule):
         return self._transpose(run, call, r, torch.ones_like(weight, dtype=r.dtype))
 
 
+def skipping_strides(call: Call) -> list[int] | None:
+    """The strides of a 1×1 convolution that reads some of the pixels only; None of any other."""
+    transposed, _ = _transposed(call)
+    if transposed or prod(call.shape("weight")[2:]) != 1 or not call.is_active("input"):
+        return None
+    strides, padding = _per_axis(call.args["stride"], call), _padding(call)
+    batched = len(call.shape("input")) == len(strides) + 2
+    skips = any(s > 1 for s in strides) and padding is not None and not any(padding)
+    return strides if skips and batched else None
+
+
 def _per_axis(value: Any, call: Call) -> list[int]:
     """``[1]`` stands for as many axes as the kernel has."""
     return ints(value, len(call.shape("weight")) - 2)

@@ -32,15 +32,16 @@ def relative(run: Run, start: Node, links: Links, r: Relevance) -> Relevance:
         links: Its linear maps, first to last.
         r: Relevance at the end, one term with its mass.
     """
-    g = r.values
+    g, part = r.values, None
     for rule, call in reversed(links):
-        g = rule.transpose(run, call, g)
         here = rule.operand(call)
+        found = rule.transpose_part(run, call, g) if here is start else None
+        g, part = found or (rule.transpose(run, call, g), None)
         if here is not start and run.is_tapped(here):
             run.tap(here, [run.carry(here, g, r)])
     # What a transpose made anew may be overwritten; a view of the relevance itself may not.
     owned = g.untyped_storage().data_ptr() != r.values.untyped_storage().data_ptr()
-    result = run.carry(start, g, r, may_overwrite=owned)
+    result = run.carry(start, g, r, may_overwrite=owned, part=part)
     if run.measures_delta:
         y = run.value(start).to(r.values.dtype)
         for rule, call in links:
