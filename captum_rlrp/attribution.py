@@ -86,7 +86,8 @@ class RelativeLRP(_Explainer, Attribution):
 
     The model is captured once per signature of its arguments by ``torch.export`` and never
     touched: no hooks, no attributes, no change of weights, flags or mode. Several threads may
-    share one instance.
+    share one instance. Weights, modules and the settings of PyTorch's layers may change between
+    calls; after a change of other attributes that the forward reads, make a new instance.
 
     Args:
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, ItemsView, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -40,7 +40,7 @@ class Captured:
     explained: tuple[Node, ...]
     wanted: tuple[Node, ...]
     parameters: tuple[tuple[str, Node, torch.Size, torch.dtype, torch.device], ...]
-    modules: tuple[weakref.ref[nn.Module], ...]
+    modules: tuple[tuple[weakref.ref[nn.Module], ItemsView[str, Any]], ...]
 
     @property
     def per_sample(self) -> bool:
@@ -49,9 +49,10 @@ class Captured:
 
     def bind(self, model: nn.Module) -> dict[Node, Tensor] | None:
         """The parameters as they are now; None where they do not fit the program any more."""
-        # Of a module that is gone, another may have the id.
-        if any(module() is None for module in self.modules):
-            return None
+        for reference, settings in self.modules:
+            module = reference()  # another may have the id of one that is gone
+            if module is None or not settings <= module.__dict__.items():
+                return None
         values = {}
         try:
             for name, node, shape, dtype, device in self.parameters:
@@ -203,7 +204,7 @@ class Engine:
             for node, name in graph.parameters.items()
             for value in (_attribute(self.model, name),)
         )
-        modules = tuple(map(weakref.ref, self.model.modules()))
+        modules = tuple((weakref.ref(m), _settings(m)) for m in self.model.modules())
         return Captured(program, tuple(nodes), tuple(taps), parameters, modules)
 
     def _capture_single(
@@ -329,6 +330,16 @@ def _modules(model: nn.Module) -> Hashable:
             found.append((id(module), type(module), module.training))
             left.extend(child for child in module._modules.values() if child is not None)
     return tuple(found)
+
+
+def _settings(module: nn.Module) -> ItemsView[str, Any]:
+    """What the capture fixed of a layer of PyTorch's: strides, slopes, sizes.
+
+    Other modules may keep counters and the like, by which nothing can be told.
+    """
+    known = type(module).__module__.startswith("torch.nn.")
+    kinds = (bool, int, float, str, tuple)
+    return {k: v for k, v in vars(module).items() if known and type(v) in kinds}.items()
 
 
 def _signature(value: Any, batch: int) -> Hashable:

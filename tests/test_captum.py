@@ -598,9 +598,14 @@ def _replace_module(model: Small) -> None:
     model.head = nn.Linear(4, 5)
 
 
+def _set(model: Small) -> None:
+    model.norm.eps = 0.5
+    model.block[0].padding = model.block[0].dilation = (2, 2)
+
+
 @pytest.mark.parametrize(
     "change",
-    [_step, _load, _data, _replace_data, _statistics, _replace_parameter, _replace_module],
+    [_step, _load, _data, _replace_data, _statistics, _replace_parameter, _replace_module, _set],
     ids=lambda f: f.__name__.strip("_"),
 )
 def test_a_changed_parameter_shows_in_the_next_call(change: object) -> None:
