@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, ItemsView, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,27 @@ StartFunction = Callable[[Tensor, slice], Start]
 WantedFunction = Callable[[CapturedGraph, Sequence[Node]], list[Node]]
 
 
+class Remembered(NamedTuple):
+    """A module at the capture: what the program took from it, apart from parameters."""
+
+    module: weakref.ref[nn.Module]
+    kind: type
+    training: bool
+    children: list[int]
+    settings: ItemsView[str, Any]
+
+    def is_as_it_was(self) -> bool:
+        """Whether nothing has changed since."""
+        module = self.module()  # another may have the id of one that is gone
+        return (
+            module is not None
+            and type(module) is self.kind
+            and module.training is self.training
+            and [*map(id, module._modules.values())] == self.children
+            and self.settings <= module.__dict__.items()
+        )
+
+
 @dataclass(frozen=True)
 class Captured:
     """A program with what must hold for it to be used again."""
@@ -40,7 +61,7 @@ class Captured:
     explained: tuple[Node, ...]
     wanted: tuple[Node, ...]
     parameters: tuple[tuple[str, Node, torch.Size, torch.dtype, torch.device], ...]
-    modules: tuple[tuple[weakref.ref[nn.Module], ItemsView[str, Any]], ...]
+    modules: tuple[Remembered, ...]
 
     @property
     def per_sample(self) -> bool:
@@ -49,10 +70,8 @@ class Captured:
 
     def bind(self, model: nn.Module) -> dict[Node, Tensor] | None:
         """The parameters as they are now; None where they do not fit the program any more."""
-        for reference, settings in self.modules:
-            module = reference()  # another may have the id of one that is gone
-            if module is None or not settings <= module.__dict__.items():
-                return None
+        if not all(module.is_as_it_was() for module in self.modules):
+            return None
         values = {}
         try:
             for name, node, shape, dtype, device in self.parameters:
@@ -163,7 +182,7 @@ class Engine:
         key: Hashable,
     ) -> tuple[Captured, dict[Node, Tensor]]:
         """The program and the model's parameters."""
-        signature = (key, explained, _modules(self.model), _signature(args, batch))
+        signature = (key, explained, _signature(args, batch))
         with self._lock:
             found = self._cache.get(signature)
             if found is not None:
@@ -204,7 +223,7 @@ class Engine:
             for node, name in graph.parameters.items()
             for value in (_attribute(self.model, name),)
         )
-        modules = tuple((weakref.ref(m), _settings(m)) for m in self.model.modules())
+        modules = tuple(map(_remember, self.model.modules()))
         return Captured(program, tuple(nodes), tuple(taps), parameters, modules)
 
     def _capture_single(
@@ -318,28 +337,16 @@ def _attribute(model: nn.Module, name: str) -> Tensor:
     return value
 
 
-def _modules(model: nn.Module) -> Hashable:
-    """Changes when a module is replaced or its mode is switched."""
-    found: list[tuple[int, type, bool]] = []
-    seen: set[int] = set()
-    left = [model]  # as model.modules() does, without a generator for each level
-    while left:
-        module = left.pop()
-        if id(module) not in seen:
-            seen.add(id(module))
-            found.append((id(module), type(module), module.training))
-            left.extend(child for child in module._modules.values() if child is not None)
-    return tuple(found)
-
-
-def _settings(module: nn.Module) -> ItemsView[str, Any]:
-    """What the capture fixed of a layer of PyTorch's: strides, slopes, sizes.
-
-    Other modules may keep counters and the like, by which nothing can be told.
-    """
+def _remember(module: nn.Module) -> Remembered:
+    # What the capture fixed of a layer of PyTorch's: strides, slopes, sizes. Other modules may
+    # keep counters and the like, by which nothing can be told.
     known = type(module).__module__.startswith("torch.nn.")
     kinds = (bool, int, float, str, tuple)
-    return {k: v for k, v in vars(module).items() if known and type(v) in kinds}.items()
+    settings = {k: v for k, v in vars(module).items() if known and type(v) in kinds}
+    children = [*map(id, module._modules.values())]
+    return Remembered(
+        weakref.ref(module), type(module), module.training, children, settings.items()
+    )
 
 
 def _signature(value: Any, batch: int) -> Hashable:

@@ -260,23 +260,28 @@ class FoldedConvolution(Convolution):
 
     def __init__(self, instruction: FusedConvolution) -> None:
         self.instruction = instruction
+        self.skipping = skipping_strides(instruction.conv)
 
     def needs(self, call: Call) -> tuple[Node, ...]:
         return tuple(n for n in self.instruction.reads if n not in call.active)
 
     def transpose(self, run: Run, call: Call, g: Tensor) -> Tensor:
-        return self._transpose(run, call, *self._unscaled(run, g))
+        made = self.instruction
+        g, weight = self._unscaled(run, g)
+        if made.window is None:
+            return self._transpose(run, call, g, weight)
+        shape, groups = run.like(made.conv.args["input"]).shape, made.conv.args["groups"]
+        return run.kernels.conv(g, weight.to(g.dtype), shape, *made.window, groups=groups)
 
     def transpose_part(self, run: Run, call: Call, g: Tensor) -> tuple[Tensor, Part] | None:
         """Of a 1×1 convolution with a stride, which most pixels do not reach."""
-        strides = skipping_strides(call)
         # In 16 bits what is added to the sums of other paths would be rounded once more.
-        if strides is None or g.dtype.itemsize < 4:
+        if self.skipping is None or g.dtype.itemsize < 4:
             return None
         g, weight = self._unscaled(run, g)
         shape = (len(g), run.like(call.args["input"]).shape[1], *g.shape[2:])
         g = run.kernels.conv(g, weight.to(g.dtype), shape, groups=call.args["groups"])
-        return g, (slice(None), slice(None), *(slice(None, None, s) for s in strides))
+        return g, (slice(None), slice(None), *(slice(None, None, s) for s in self.skipping))
 
     def _unscaled(self, run: Run, g: Tensor) -> tuple[Tensor, Tensor]:
         """g and the weight that is left to transpose."""
@@ -321,14 +326,9 @@ class RestoredSum(Sum):
 
 
 def _new_weight(weight: Tensor, x: Like) -> Tensor:
-    """Uninitialised, laid out as x is; for signals, as the images of one row that they go as."""
-    if onednn.covers_signal(x, weight):
-        rows = weight.unsqueeze(2)
-        return torch.empty_like(rows, memory_format=torch.channels_last).squeeze(2)
+    """Uninitialised, laid out as x is."""
     return torch.empty_like(weight, memory_format=x.memory_format)
 
 
 def _is_laid_out(weight: Tensor, x: Like) -> bool:
-    if onednn.covers_signal(x, weight):
-        return weight.unsqueeze(2).is_contiguous(memory_format=torch.channels_last)
     return weight.is_contiguous(memory_format=x.memory_format)

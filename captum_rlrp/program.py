@@ -134,7 +134,7 @@ class Run:
         self._column: Tensor | None = None
         for node in program.graph.nodes:
             if node in values and node in program.measured:
-                self._remember(node, values[node])
+                self._remember(values[node], node)
         if program.instructions:
             # One conversion here keeps every image channels_last to the end.
             for node in program.plan.roots:
@@ -148,19 +148,20 @@ class Run:
                 self.watch(values[program.saturates[node]])
             if made is not None:
                 value = made(self)
-                for covered in made.covers:
-                    self._remember(covered, value)
+                self._remember(value, *made.covers)
             else:
                 value = node.target(*self._resolve(node.args), **self._resolve(node.kwargs))  # type: ignore[operator]
                 if node in program.measured:
-                    self._remember(node, value)
+                    self._remember(value, node)
             values[node] = value
             for done in program.released[i]:
                 values.pop(done, None)
         self.output: Tensor = values[program.graph.output]
 
-    def _remember(self, node: Node, value: Tensor) -> None:
-        self._likes[node] = Like(value.shape, value.dtype, value.device, memory_format(value))
+    def _remember(self, value: Tensor, *nodes: Node) -> None:
+        like = Like(value.shape, value.dtype, value.device, memory_format(value))
+        for node in nodes:
+            self._likes[node] = like
 
     def _resolve(self, argument: Any) -> Any:
         if isinstance(argument, Node):

@@ -29,6 +29,11 @@ ACTIVATIONS: dict[Any, tuple[str, tuple[float | str, ...]]] = {
     aten.leaky_relu: ("leaky_relu", ("negative_slope",)),
 }
 
+_AVAILABLE = (
+    torch.backends.mkldnn.is_available()
+    and hasattr(ops, "_convolution_pointwise")
+    and hasattr(ops, "_linear_pointwise")
+)
 _FEW_ROWS = 4096  # up to which a matrix product is faster than a convolution of 1×1
 
 Activation = tuple[str, list[float]]
@@ -53,10 +58,8 @@ def covers(x: Operand, weight: Tensor) -> bool:
         and x.dtype == weight.dtype == torch.float32
         and len(x.shape) in (3, 4, 5)
         and 0 not in x.shape
+        and _AVAILABLE
         and bool(torch.backends.mkldnn.enabled)
-        and torch.backends.mkldnn.is_available()
-        and hasattr(ops, "_convolution_pointwise")
-        and hasattr(ops, "_linear_pointwise")
     )
 
 
@@ -112,7 +115,7 @@ def convolution(
         return product(x, weight, bias, activation)
     if other is None:
         geometry, small = (padding, stride, dilation, groups), dwarfs(weight, x)
-        y = ops._convolution_pointwise(
+        y = ops._convolution_pointwise.default(
             contiguous(x) if small else x, weight, bias, *geometry, *activation, ""
         )
         if small:
@@ -165,10 +168,9 @@ def product(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation = NONE
 ) -> Tensor:
     """A convolution of 1×1 as a matrix product; of channels_last nothing is copied."""
-    n, _, height, width = x.shape
-    rows = x.permute(0, 2, 3, 1).flatten(0, 2)
-    y: Tensor = ops._linear_pointwise(rows, weight.flatten(1), bias, *activation, "")
-    return y.view(n, height, width, -1).permute(0, 3, 1, 2)
+    rows = x.permute(0, 2, 3, 1)
+    y: Tensor = ops._linear_pointwise.default(rows, weight.flatten(1), bias, *activation, "")
+    return y.permute(0, 3, 1, 2)
 
 
 def _strides_like(x: Tensor, other: Tensor) -> tuple[int, ...]:

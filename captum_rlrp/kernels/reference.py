@@ -267,7 +267,7 @@ def conv(
     stride, padding, dilation, output_padding = (
         ints(value, rank) for value in (stride, padding, dilation, output_padding)
     )
-    result: Tensor = aten.convolution_backward(
+    result: Tensor = aten.convolution_backward.default(
         *(g, x, weight, None, stride, padding, dilation, transposed, output_padding, groups),
         [True, False, False],
     )[0]
