@@ -76,7 +76,8 @@ class Cell:
     method: str
     seconds: list[float] = field(default_factory=list)
     ratio: float | None = None  # to InputXGradient, the median over the rounds
-    peak_mib: float | None = None  # beyond the model, for the whole batch
+    peak_mib: float | None = None  # beyond what stays between calls, for the whole batch
+    first_peak_mib: float | None = None  # likewise, of the first call at this batch size
     kept_mib: float | None = None  # between calls
     loading_s: float | None = None  # of a first explanation of anything in the process
     first_s: float | None = None  # of the model's first call
@@ -239,7 +240,7 @@ def highest(device: str) -> Iterator[list[int]]:
 
 
 def inspect_alone(subject: Subject, method: str, batch: int, args: argparse.Namespace) -> None:
-    """What the fresh process does: one call on a single sample, then the one that is looked at."""
+    """What the fresh process does: a call on a single sample, then the two that are looked at."""
     dtype = getattr(torch, args.dtype)
     one = subject.inputs(1, args.device, dtype, args.size)
     inputs = subject.inputs(batch, args.device, dtype, args.size)
@@ -251,12 +252,12 @@ def inspect_alone(subject: Subject, method: str, batch: int, args: argparse.Name
     untouched = settle(args.device)
     result["first_s"] = timed(explain, one, args.device)
     before = settle(args.device)
-    with highest(args.device) as peak:
-        result["new_batch_s"] = timed(explain, inputs, args.device)
-    result["peak_mib"] = max(peak[0] - before, 0) / MEBIBYTE
     result["kept_mib"] = max(before - untouched, 0) / MEBIBYTE
-    if method == OURS:
-        result["later_s"] = timed(explain, inputs, args.device)
+    for seconds, mebibytes in (("new_batch_s", "first_peak_mib"), ("later_s", "peak_mib")):
+        before = settle(args.device)
+        with highest(args.device) as peak:
+            result[seconds] = timed(explain, inputs, args.device)
+        result[mebibytes] = max(peak[0] - before, 0) / MEBIBYTE
     print(json.dumps(result))
 
 

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .capture import CapturedGraph, reads_values
+from .capture import CapturedGraph, bind, reads_values
 from .instructions import (
     FoldedConvolution,
     FusedConvolution,
     InPlace,
     Instruction,
+    Linear,
     RememberedMaxPool,
     RestoredSum,
     WinnersPool,
@@ -96,6 +97,9 @@ def fuse(
             pool = WinnersPool(step.output, step.call, step.rule, (step.output,))
             instructions[step.output] = pool
             steps[step] = replace(step, rule=RememberedMaxPool(pool))
+    for node in graph.nodes:
+        if _packet(node) is aten.linear:
+            instructions[node] = Linear(node, Call(node, node.target, bind(node), ()), (node,))
     steps.update(_extensions(plan, wanted))
     new_steps = tuple(steps.get(step, step) for step in plan.steps)
     kept = frozenset(n for step in new_steps for n in step.needs) | (plan.kept & set(wanted))

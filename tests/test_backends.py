@@ -198,6 +198,24 @@ def test_batch_norms_of_every_kind(batch: int) -> None:
         assert delta.max() < {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 1}[dtype]
 
 
+@pytest.mark.parametrize("batch", [1, 40])
+def test_dense_layers(batch: int) -> None:
+    """Wide enough for oneDNN, which takes them over; a sequence and rows, with and without bias."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Linear(24, 320), nn.LayerNorm(320), nn.GELU()),
+        *(nn.Linear(320, 700, bias=False), nn.ReLU(), nn.Flatten()),
+        *(nn.Linear(2100, 520), nn.Tanh(), nn.Linear(520, 10)),
+    )
+    model, x = model.eval().double(), torch.randn(batch, 3, 24, dtype=torch.float64)
+    expected = RelativeLRP(model, backend="reference").attribute(x, target=4)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        rlrp = RelativeLRP(model.to(dtype))
+        actual, delta = rlrp.attribute(x.to(dtype), target=4, return_convergence_delta=True)
+        assert distance(actual, expected) < TOLERANCE[dtype]
+        assert delta.max() < {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 1}[dtype]
+
+
 class Fork(nn.Module):
     """The skip connection reads every other pixel, the main branch all of them."""
 

@@ -15,7 +15,6 @@ from captum_rlrp.kernels import onednn, reference
 from captum_rlrp.kernels.reference import (
     Ints,
     Term,
-    linear,
     linear_rows,
     mass,
 )
@@ -249,6 +248,13 @@ def adaptive_avg_pool(r: Tensor, input_shape: Sequence[int]) -> Tensor:
 
 
 # ---- dense and convolution: ATen's, but where it is slow ---------------------------------------
+
+
+def linear(g: Tensor, weight: Tensor) -> Tensor:
+    """See :func:`captum_rlrp.kernels.reference.linear`."""
+    if onednn.multiplies(g, weight.t()):
+        return onednn.linear(g, weight.t())
+    return reference.linear(g, weight)
 
 
 def conv(

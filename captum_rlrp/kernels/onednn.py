@@ -34,6 +34,7 @@ _AVAILABLE = (
     and hasattr(ops, "_convolution_pointwise")
     and hasattr(ops, "_linear_pointwise")
 )
+_FEW_PRODUCTS = 2**20  # below which a call of oneDNN takes longer than ATen's whole product
 _FEW_ROWS = 4096  # up to which a matrix product is faster than a convolution of 1×1
 
 Activation = tuple[str, list[float]]
@@ -164,13 +165,33 @@ def is_product(
     )
 
 
+def multiplies(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN is to multiply rows by the transpose of a matrix ``(out, in)``."""
+    return (
+        x.dim() > 1
+        and x.numel() * len(weight) >= _FEW_PRODUCTS
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and weight.dim() == 2
+        and _AVAILABLE
+        and bool(torch.backends.mkldnn.enabled)
+    )
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Activation = NONE
+) -> Tensor:
+    """``activation(x Wᵀ + b)`` for rows x, of a matrix that lies in any way."""
+    y: Tensor = ops._linear_pointwise.default(x, weight, bias, *activation, "")
+    return y
+
+
 def product(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation = NONE
 ) -> Tensor:
     """A convolution of 1×1 as a matrix product; of channels_last nothing is copied."""
     rows = x.permute(0, 2, 3, 1)
-    y: Tensor = ops._linear_pointwise.default(rows, weight.flatten(1), bias, *activation, "")
-    return y.permute(0, 3, 1, 2)
+    return linear(rows, weight.flatten(1), bias, activation).permute(0, 3, 1, 2)
 
 
 def _strides_like(x: Tensor, other: Tensor) -> tuple[int, ...]:

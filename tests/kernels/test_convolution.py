@@ -57,12 +57,18 @@ def test_conv(backend, device, dtype, layout, case):
     agree(backend.conv(g, weight, x.shape, *options), expected, dtype, scale=8)
 
 
+# The last two are enough work for oneDNN.
 @compare
-@pytest.mark.parametrize("shape", [(2, 7), (2, 3, 7), (0, 7)], ids=str)
-def test_linear(backend, shape):
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+@pytest.mark.parametrize(
+    ("shape", "width"),
+    [((2, 7), 5), ((2, 3, 7), 5), ((0, 7), 5), ((7,), 5), ((40, 130), 210), ((5, 9, 130), 210)],
+    ids=str,
+)
+def test_linear(backend, shape, width, layout):
     x = rand(*shape, dtype=torch.float32)
-    weight = rand(5, 7, dtype=torch.float32)
-    g = rand(*shape[:-1], 5, dtype=torch.float32)
+    weight = rand(width, shape[-1], dtype=torch.float32, layout=layout)
+    g = rand(*shape[:-1], width, dtype=torch.float32, layout=layout)
     wide = exact(x).requires_grad_()
     (expected,) = torch.autograd.grad(F.linear(wide, exact(weight)), wide, exact(g))
     agree(backend.linear(g, weight), expected, torch.float32, scale=4)
