@@ -43,6 +43,11 @@ AVERAGE_POOLS = {
     "resnet50.avgpool": ((8, 2048, 7, 7), (1, 1)),
     "vgg16.avgpool": ((4, 512, 14, 14), (7, 7)),
 }
+DENSE = {  # rows, inputs, outputs
+    "vgg16.fc1": (8, 25088, 4096),
+    "vgg16.fc2": (1, 4096, 4096),
+    "vit_b_16.mlp": (197, 768, 3072),
+}
 FIRST_LAYERS = {  # filters, kernel, stride, padding, side of the output
     "vgg16.conv1_1": (64, 3, 1, 1, 224),
     "resnet50.conv1": (64, 7, 2, 3, 112),
@@ -194,6 +199,18 @@ def test_start_at_a_target(benchmark):
         "start resnet50.fc",
         lambda: reference.linear(one_hot, weight),
         lambda: compiled.linear_rows(weight, index),
+    )
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_gradient(benchmark, name):
+    rows, inner, out = DENSE[name]
+    g, weight = torch.randn(rows, out, device=DEVICE), torch.randn(out, inner, device=DEVICE)
+    compare(
+        benchmark,
+        f"dense {name}, {rows} rows",
+        lambda: reference.linear(g, weight),
+        lambda: compiled.linear(g, weight),
     )
 
 
