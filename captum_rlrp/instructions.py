@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from .kernels import onednn
 from .kernels.reference import accumulation_dtype
-from .rules import Call, Part
+from .rules import Call, Part, Relevance
 from .rules.convolution import Convolution, skipping_strides
 from .rules.normalization import batch_norm_scale, per_channel
 from .rules.pooling import MaxPool
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from .program import Like, Run
 
 aten = torch.ops.aten
+
+_LARGE = 2**25  # bytes: more than that, glibc takes from the system anew each time
 
 # Activations with |act(z)| ≤ |z|.
 _SHRINKING = {aten.relu, aten.relu6, aten.silu, aten.hardswish, aten.tanh}
@@ -294,6 +296,27 @@ class FoldedConvolution(Convolution):
             return self._transpose(run, call, g, weight)
         shape, groups = run.like(made.conv.args["input"]).shape, made.conv.args["groups"]
         return run.kernels.conv(g, weight.to(g.dtype), shape, *made.window, groups=groups)
+
+    def transpose_over(self, run: Run, call: Call, v: Tensor, r: Relevance) -> Tensor | None:
+        """Large images a few at a time, so that Jᵀ r takes little memory."""
+        made = self.instruction
+        assert r.mass is not None
+        is_large = v.nbytes > _LARGE and v.device.type == "cpu" and v.dtype == r.values.dtype
+        if not is_large or made.window is None:
+            return None
+        r_values, weight = self._unscaled(run, r.values)
+        factor = r.mass.new_ones(len(v)) if r.factor is None else r.factor
+        count = max(1, _LARGE // v[0].nbytes)
+        masses = []
+        for x, g, f in zip(*(t.split(count) for t in (v, r_values, factor)), strict=True):
+            g = run.kernels.conv(
+                g, weight.to(g.dtype), x.shape, *made.window, groups=made.conv.args["groups"]
+            )
+            q, mass = run.kernels.product(g, x, f, inplace=True)
+            if q is not x:
+                x.copy_(q)
+            masses.append(mass)
+        return torch.cat(masses)
 
     def transpose_part(self, run: Run, call: Call, g: Tensor) -> tuple[Tensor, Part] | None:
         """Of a 1×1 convolution with a stride, which most pixels do not reach."""

@@ -319,10 +319,22 @@ class Run:
         elif node in self._spent and same_layout(v, g):
             v, g, may_overwrite = g, v, True
         q, s = self.kernels.product(v, g, r.factor, inplace=may_overwrite)
-        self._masses.append(s)
+        return self.carried(layout.restore(q, shape), s, r)._replace(part=part)
+
+    def carried(self, q: Tensor, mass: Tensor, r: Relevance) -> Relevance:
+        """Products of that mass, carried to the mass of `r`."""
+        assert r.mass is not None
+        self._masses.append(mass)
         # Where ‖q‖₁ = 0, q is 0 and stays 0 whatever the factor, as long as that is finite.
-        factor = r.mass / s.clamp_min(torch.finfo(s.dtype).tiny)
-        return Relevance(layout.restore(q, shape), factor, r.mass, owned=True, part=part)
+        factor = r.mass / mass.clamp_min(torch.finfo(mass.dtype).tiny)
+        return Relevance(q, factor, r.mass, owned=True)
+
+    def spent(self, node: Node) -> Tensor | None:
+        """A value that nobody reads after this step and that may be written over, samples first."""
+        value = self._values[node] if node in self._spent else None
+        if value is None or self.layout(node) != Layout() or len(value) != self.batch:
+            return None
+        return None if 0 in value.stride() else value
 
     def whole(self, node: Node, terms: list[Relevance]) -> list[Relevance]:
         """Terms that lie in a part of the value only, written into one that fills all of it."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
-from captum_rlrp import RelativeLRP
+from captum_rlrp import RelativeLRP, instructions
 from captum_rlrp.kernels import compiled
 
 # Relative to the reference in float64, as a share of Σ|R|.
@@ -131,9 +131,15 @@ class DilatedBlock(nn.Module):
         return torch.relu(x + self.second(torch.relu(self.norm(self.first(x)))))
 
 
+# From which size on images go a few at a time.
+LARGE = pytest.mark.parametrize("large", [instructions._LARGE, 4000])
+
+
+@LARGE
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("channels", [1, 3, 6])
-def test_signals(batch: int, channels: int) -> None:
+def test_signals(batch: int, channels: int, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instructions, "_LARGE", large)
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv1d(channels, 16, 7, stride=2, padding=3),
@@ -168,9 +174,11 @@ class Positive(nn.Module):
         return F.softplus(x)
 
 
+@LARGE
 @pytest.mark.parametrize("batch", [1, 2, 40])
-def test_batch_norms_of_every_kind(batch: int) -> None:
+def test_batch_norms_of_every_kind(batch: int, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Folded together where they are alike: given or computed, with and without scale and bias."""
+    monkeypatch.setattr(instructions, "_LARGE", large)
     torch.manual_seed(0)
     model = nn.Sequential(
         *(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
@@ -195,6 +203,7 @@ def test_batch_norms_of_every_kind(batch: int) -> None:
         rlrp = RelativeLRP(model.to(dtype))
         actual, delta = rlrp.attribute(x.to(dtype), target=2, return_convergence_delta=True)
         assert distance(actual, expected) < TOLERANCE[dtype]
+        assert distance(rlrp.attribute(x.to(dtype), target=2), expected) < TOLERANCE[dtype]
         assert delta.max() < {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 1}[dtype]
 
 

@@ -122,6 +122,10 @@ class LinearRule(Rule):
         """``Jᵀ g``, shaped like the operand."""
         return adjoint(run, call, self.operand(call), g)
 
+    def transpose_over(self, run: Run, call: Call, v: Tensor, r: Relevance) -> Tensor | None:
+        """Writes ``q = v ⊙ Jᵀ r`` over v, the operand; returns ``‖q‖₁``, None where it does not."""
+        return None
+
     def transpose_part(self, run: Run, call: Call, g: Tensor) -> tuple[Tensor, Part] | None:
         """``Jᵀ g`` at the part of the operand that the map reads; None if it is to be whole."""
         return None
