@@ -196,7 +196,11 @@ class Engine:
             while len(self._cache) > _CACHED_PROGRAMS:
                 self._cache.popitem(last=False)
         parameters = made.bind(self.model)
-        assert parameters is not None
+        if parameters is None:
+            raise CaptureError(
+                f"{type(self.model).__name__} was changed while it was captured, by another thread "
+                "perhaps. Explain it again when nothing changes its modules."
+            )
         return made, parameters
 
     def _capture(

@@ -64,11 +64,6 @@ def covers(x: Operand, weight: Tensor) -> bool:
     )
 
 
-def covers_signal(x: Operand, weight: Tensor) -> bool:
-    """Whether it is a signal, which oneDNN convolves faster as an image of one row."""
-    return len(x.shape) == 3 and covers(x, weight)
-
-
 def convolution(
     x: Tensor,
     weight: Tensor,
