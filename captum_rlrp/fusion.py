@@ -94,12 +94,12 @@ def fuse(
                     steps[skip] = replace(skip, rule=restored)
     for step in plan.steps:
         if isinstance(step, Single) and type(step.rule) is MaxPool and step.call.item is None:
-            pool = WinnersPool(step.output, step.call, step.rule, (step.output,))
+            pool = WinnersPool(step.call, step.rule)
             instructions[step.output] = pool
             steps[step] = replace(step, rule=RememberedMaxPool(pool))
     for node in graph.nodes:
         if _packet(node) is aten.linear:
-            instructions[node] = Linear(node, Call(node, node.target, bind(node), ()), (node,))
+            instructions[node] = Linear(Call(node, node.target, bind(node), ()))
     steps.update(_extensions(plan, wanted))
     new_steps = tuple(steps.get(step, step) for step in plan.steps)
     kept = frozenset(n for step in new_steps for n in step.needs) | (plan.kept & set(wanted))
@@ -289,7 +289,7 @@ def _in_place(step: Single, users: dict[Node, list[Node]], kept: frozenset[Node]
         and users[operand] == [call.node]
         and operand not in kept
     )
-    return InPlace(call.node, call, (call.node,), _overwriting(call)) if owned else None
+    return InPlace(call, _overwriting(call)) if owned else None
 
 
 # Ops whose result is new memory that nothing else shares.

@@ -17,7 +17,7 @@ from torch.fx import Node
 from .kernels import onednn
 from .kernels.reference import accumulation_dtype
 from .rules import Call, Part, Relevance
-from .rules.convolution import Convolution, skipping_strides
+from .rules.convolution import Convolution, part_read
 from .rules.normalization import batch_norm_scale, per_channel
 from .rules.pooling import MaxPool
 from .rules.skip import Sum
@@ -203,36 +203,42 @@ def batch_norms(instructions: Iterable[Instruction]) -> list[BatchNorms]:
 
 
 @dataclass(frozen=True, eq=False)
-class InPlace:
-    """An elementwise call that overwrites an operand nobody reads again."""
+class _OneCall:
+    """What stands for one call of the graph."""
 
-    node: Node
     call: Call
-    covers: tuple[Node, ...]
-    activate: Callable[[Tensor], Tensor]
+
+    @property
+    def node(self) -> Node:
+        """The node whose value it yields."""
+        return self.call.node
+
+    @property
+    def covers(self) -> tuple[Node, ...]:
+        """All nodes it stands for."""
+        return (self.call.node,)
 
     @property
     def reads(self) -> tuple[Node, ...]:
         """The values it is computed from."""
         return tuple(self.call.nodes())
+
+
+@dataclass(frozen=True, eq=False)
+class InPlace(_OneCall):
+    """An elementwise call that overwrites an operand nobody reads again."""
+
+    activate: Callable[[Tensor], Tensor]
 
     def __call__(self, run: Run) -> Tensor:
         return self.activate(run.value(self.call.active[0]))
 
 
 @dataclass(frozen=True, eq=False)
-class WinnersPool:
+class WinnersPool(_OneCall):
     """Max pooling that leaves the winners for the way back, so that its input is not kept."""
 
-    node: Node
-    call: Call
     rule: MaxPool
-    covers: tuple[Node, ...]
-
-    @property
-    def reads(self) -> tuple[Node, ...]:
-        """The values it is computed from."""
-        return tuple(self.call.nodes())
 
     def __call__(self, run: Run) -> Tensor:
         y, run.scratch[self] = self.rule.pool(run, self.call)
@@ -240,17 +246,8 @@ class WinnersPool:
 
 
 @dataclass(frozen=True, eq=False)
-class Linear:
+class Linear(_OneCall):
     """A dense layer by oneDNN where that is faster: on some processors twice."""
-
-    node: Node
-    call: Call
-    covers: tuple[Node, ...]
-
-    @property
-    def reads(self) -> tuple[Node, ...]:
-        """The values it is computed from."""
-        return tuple(self.call.nodes())
 
     def __call__(self, run: Run) -> Tensor:
         args = self.call.args
@@ -284,7 +281,7 @@ class FoldedConvolution(Convolution):
 
     def __init__(self, instruction: FusedConvolution) -> None:
         self.instruction = instruction
-        self.skipping = skipping_strides(instruction.conv)
+        self.part = part_read(instruction.conv)
 
     def needs(self, call: Call) -> tuple[Node, ...]:
         return tuple(n for n in self.instruction.reads if n not in call.active)
@@ -295,7 +292,7 @@ class FoldedConvolution(Convolution):
         if made.window is None:
             return self._transpose(run, call, g, weight)
         shape, groups = run.like(made.conv.args["input"]).shape, made.conv.args["groups"]
-        return run.kernels.conv(g, weight.to(g.dtype), shape, *made.window, groups=groups)
+        return run.kernels.conv(g, weight, shape, *made.window, groups=groups)
 
     def transpose_over(self, run: Run, call: Call, v: Tensor, r: Relevance) -> Tensor | None:
         """Large images a few at a time, so that Jᵀ r takes little memory."""
@@ -305,13 +302,12 @@ class FoldedConvolution(Convolution):
         if not is_large or made.window is None:
             return None
         r_values, weight = self._unscaled(run, r.values)
+        groups = made.conv.args["groups"]
         factor = r.mass.new_ones(len(v)) if r.factor is None else r.factor
         count = max(1, _LARGE // v[0].nbytes)
         masses = []
         for x, g, f in zip(*(t.split(count) for t in (v, r_values, factor)), strict=True):
-            g = run.kernels.conv(
-                g, weight.to(g.dtype), x.shape, *made.window, groups=made.conv.args["groups"]
-            )
+            g = run.kernels.conv(g, weight, x.shape, *made.window, groups=groups)
             q, mass = run.kernels.product(g, x, f, inplace=True)
             if q is not x:
                 x.copy_(q)
@@ -321,15 +317,14 @@ class FoldedConvolution(Convolution):
     def transpose_part(self, run: Run, call: Call, g: Tensor) -> tuple[Tensor, Part] | None:
         """Of a 1×1 convolution with a stride, which most pixels do not reach."""
         # In 16 bits what is added to the sums of other paths would be rounded once more.
-        if self.skipping is None or g.dtype.itemsize < 4:
+        if self.part is None or g.dtype.itemsize < 4:
             return None
         g, weight = self._unscaled(run, g)
         shape = (len(g), run.like(call.args["input"]).shape[1], *g.shape[2:])
-        g = run.kernels.conv(g, weight.to(g.dtype), shape, groups=call.args["groups"])
-        return g, (slice(None), slice(None), *(slice(None, None, s) for s in self.skipping))
+        return run.kernels.conv(g, weight, shape, groups=call.args["groups"]), self.part
 
     def _unscaled(self, run: Run, g: Tensor) -> tuple[Tensor, Tensor]:
-        """g and the weight that is left to transpose."""
+        """g and the weight that is left to transpose, of the same dtype."""
         made = self.instruction
         left: tuple[Tensor, Tensor | None] | None = run.scratch.pop(made, None)
         if left is None:
@@ -338,7 +333,7 @@ class FoldedConvolution(Convolution):
         weight, scale = left
         if scale is not None:
             g = g * per_channel(scale, g.dim()).to(g.dtype)
-        return g, weight
+        return g, weight.to(g.dtype)
 
     def linear_part(self, run: Run, call: Call, x: Tensor) -> Tensor:
         args, weight = call.args, self.instruction.fold(run)[0].to(x.dtype)

@@ -349,7 +349,7 @@ class Run:
                 like = self.like(node)
                 values = torch.empty(
                     like.shape,
-                    dtype=like.dtype,
+                    dtype=term.values.dtype,  # float32 even in a model of 16 bits
                     device=like.device,
                     memory_format=like.memory_format,
                 ).zero_()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
-from captum_rlrp import RelativeLRP, instructions
+from captum_rlrp import RelativeLRP, instructions, program
 from captum_rlrp.kernels import compiled
 
 # Relative to the reference in float64, as a share of Σ|R|.
@@ -261,6 +262,23 @@ def test_a_branch_that_carries_nothing(dead: str, gain: float) -> None:
         actual = RelativeLRP(model.to(dtype)).attribute(x.to(dtype), target=1)
         gap = (actual.double() - expected).abs().sum()
         assert gap <= TOLERANCE[dtype] * expected.abs().sum()
+
+
+def test_relevance_is_float32_in_a_model_of_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: set[torch.dtype] = set()
+    whole = program.Run.whole
+
+    def spy(*args: Any) -> Any:
+        terms = whole(*args)
+        found.update(term.values.dtype for term in terms)
+        return terms
+
+    monkeypatch.setattr(program.Run, "whole", spy)
+    skipping = nn.Conv2d(4, 4, 1, stride=2)  # its relevance lies in a part of the value
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), skipping, nn.Flatten(), nn.Linear(16, 2))
+    x = torch.randn(2, 3, 6, 6, dtype=torch.bfloat16)
+    RelativeLRP(model.eval().bfloat16()).attribute(x, target=1)
+    assert found == {torch.float32}
 
 
 class Aliases(nn.Module):

@@ -54,11 +54,13 @@ class Operand(Protocol):
 
 def covers(x: Operand, weight: Tensor) -> bool:
     """Whether oneDNN convolves the two."""
+    return len(x.shape) in (3, 4, 5) and 0 not in x.shape and _runs_on(x, weight)
+
+
+def _runs_on(x: Operand, weight: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and len(x.shape) in (3, 4, 5)
-        and 0 not in x.shape
         and _AVAILABLE
         and bool(torch.backends.mkldnn.enabled)
     )
@@ -104,8 +106,7 @@ def convolution(
         return None if y is None else y.contiguous(memory_format=torch.channels_last).squeeze(2)
     if not any(padding) and max(stride) > 1 and math.prod(weight.shape[2:]) == 1:
         # Of 1×1, over the pixels that it reads only.
-        window = (slice(None), slice(None), *(slice(None, None, s) for s in stride))
-        x = x[window].contiguous(memory_format=reference.memory_format(x))
+        x = x[reference.every(stride)].contiguous(memory_format=reference.memory_format(x))
         stride = [1] * len(stride)
     if other is None and is_product(x, weight, stride, padding, groups):
         return product(x, weight, bias, activation)
@@ -164,12 +165,9 @@ def multiplies(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN is to multiply rows by the transpose of a matrix ``(out, in)``."""
     return (
         x.dim() > 1
-        and x.numel() * len(weight) >= _FEW_PRODUCTS
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
         and weight.dim() == 2
-        and _AVAILABLE
-        and bool(torch.backends.mkldnn.enabled)
+        and x.numel() * len(weight) >= _FEW_PRODUCTS
+        and _runs_on(x, weight)
     )
 
 

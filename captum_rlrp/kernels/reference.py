@@ -283,6 +283,11 @@ def ints(value: Ints, rank: int) -> list[int]:
     return values * rank if len(values) == 1 else values
 
 
+def every(strides: Sequence[int]) -> tuple[slice, ...]:
+    """The index of the pixels that a window of 1×1 meets with these strides."""
+    return (slice(None), slice(None), *(slice(None, None, s) for s in strides))
+
+
 def same_layout(x: Tensor, g: Tensor) -> bool:
     """Whether g has the shape, strides and dtype of x, with no element shared (stride 0)."""
     same = g.shape == x.shape and g.stride() == x.stride() and g.dtype == x.dtype

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..kernels.reference import ints
+from ..kernels.reference import every, ints
 from .attention import PRODUCT
-from .base import Call, LinearRule, Rule, adjoint
+from .base import Call, LinearRule, Part, Rule, adjoint
 
 if TYPE_CHECKING:
     from ..program import Run
@@ -75,15 +75,15 @@ class Convolution(LinearRule):
         return self._transpose(run, call, r, torch.ones_like(weight, dtype=r.dtype))
 
 
-def skipping_strides(call: Call) -> list[int] | None:
-    """The strides of a 1×1 convolution that reads some of the pixels only; None of any other."""
+def part_read(call: Call) -> Part | None:
+    """The pixels that a 1×1 convolution with a stride reads; None where others are read too."""
     transposed, _ = _transposed(call)
     if transposed or prod(call.shape("weight")[2:]) != 1 or not call.is_active("input"):
         return None
     strides, padding = _per_axis(call.args["stride"], call), _padding(call)
     batched = len(call.shape("input")) == len(strides) + 2
     skips = any(s > 1 for s in strides) and padding is not None and not any(padding)
-    return strides if skips and batched else None
+    return every(strides) if skips and batched else None
 
 
 def _per_axis(value: Any, call: Call) -> list[int]:
