@@ -15,14 +15,14 @@ from time import perf_counter
 import pytest
 import torch
 
-from captum_rlrp.kernels import compiled, reference
+from captum_rlrp.kernels import compiled, extension, reference
 
 pytest.importorskip("pytest_benchmark")
-if not compiled.available():
-    pytest.skip(f"extension not loaded: {compiled.load_error()}", allow_module_level=True)
+if not extension.available():
+    pytest.skip(f"extension not loaded: {extension.load_error()}", allow_module_level=True)
 
 aten = torch.ops.aten
-DEVICE = "cuda" if torch.cuda.is_available() and compiled.cuda_available() else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() and extension.cuda_available() else "cpu"
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 ROUNDS = 15
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .kernels import onednn
+from .kernels import onednn, winograd
 from .kernels.reference import accumulation_dtype
+from .kernels.winograd import Filters
 from .rules import Call, Part, Relevance
 from .rules.convolution import Convolution, part_read
 from .rules.normalization import batch_norm_scale, per_channel
@@ -87,9 +88,25 @@ class FusedConvolution:
         folded, mass = run.kernels.accumulate([(weight, factor)], out=_new_weight(weight, x))
         return folded, shift, mass
 
+    def winograd(self, run: Run, x: Like | Tensor) -> Filters | None:
+        """The filters for :mod:`.kernels.winograd`, if that covers x or, on the way back, g."""
+        weight: Tensor = run.value(self.conv.args["weight"])
+        if self.window is None:
+            return None
+        if not winograd.covers(x, weight, *self.window, self.conv.args["groups"]):
+            return None
+        scale, shift = None, run.value(self.conv.args["bias"])
+        if self.norm is not None:
+            scale, shift = (v.to(weight.dtype) for v in run.scratch[self.norm.node])
+        _, padding, _ = self.window
+        return Filters(weight, scale, shift, padding)
+
     def __call__(self, run: Run) -> Tensor:
         x: Tensor = run.value(self.conv.args["input"])
         other: Tensor | None = run.value(self.other)
+        filters = self.winograd(run, x)
+        if filters is not None:
+            return self._by_winograd(run, x, other, filters)
         if self.norm is not None and self._leaves_weight(run, x):
             return self._normalize(run, x, other)
         weight, bias, mass = self.fold(run)
@@ -98,6 +115,24 @@ class FusedConvolution:
         if self.norm is not None and (len(x) == 1 or not self._outweighs(run, x)):
             run.scratch[self] = (weight, None)
         return y
+
+    def _by_winograd(self, run: Run, x: Tensor, other: Tensor | None, filters: Filters) -> Tensor:
+        if self.fused is None or self.fused[0] not in ("none", "relu"):
+            y, _ = winograd.convolution(x, filters)
+            return self._finish(run, y, other)
+        relu = self.activation is not None
+        y, mass = winograd.convolution(x, filters, other, relu=relu)
+        if relu:  # which hides a −∞
+            self._watch(run, filters.weight, mass, filters.shift, y)
+        return y
+
+    def _watch(
+        self, run: Run, weight: Tensor, mass: Tensor | None, bias: Tensor | None, y: Tensor
+    ) -> None:
+        assert self.activation is not None
+        shrinks = self.activation.target.overloadpacket in _SHRINKING
+        result = self.node if shrinks else None
+        run.watch_convolution(self.conv.args["input"], weight, mass, bias, self.other, result, y)
 
     def _outweighs(self, run: Run, x: Tensor) -> bool:
         """Whether the weight has more elements than the output."""
@@ -131,10 +166,7 @@ class FusedConvolution:
             y = onednn.convolution(x, weight, bias, *self.window, groups, self.fused, other)
             if y is not None:
                 if self.activation is not None:  # oneDNN's hide even a NaN
-                    source = self.conv.args["input"]
-                    shrinks = self.activation.target.overloadpacket in _SHRINKING
-                    result = self.node if shrinks else None
-                    run.watch_convolution(source, weight, mass, bias, self.other, result, y)
+                    self._watch(run, weight, mass, bias, y)
                 return y
         return self._finish(run, self._plain(x, weight, bias), other)
 
@@ -288,6 +320,9 @@ class FoldedConvolution(Convolution):
 
     def transpose(self, run: Run, call: Call, g: Tensor) -> Tensor:
         made = self.instruction
+        filters = made.winograd(run, g)
+        if filters is not None:
+            return winograd.transpose(g, filters)
         g, weight = self._unscaled(run, g)
         if made.window is None:
             return self._transpose(run, call, g, weight)
@@ -295,11 +330,15 @@ class FoldedConvolution(Convolution):
         return run.kernels.conv(g, weight, shape, *made.window, groups=groups)
 
     def transpose_over(self, run: Run, call: Call, v: Tensor, r: Relevance) -> Tensor | None:
-        """Large images a few at a time, so that Jᵀ r takes little memory."""
+        """By Winograd's algorithm; or large images a few at a time: Jᵀ r takes little memory."""
         made = self.instruction
         assert r.mass is not None
-        is_large = v.nbytes > _LARGE and v.device.type == "cpu" and v.dtype == r.values.dtype
-        if not is_large or made.window is None:
+        if v.dtype != r.values.dtype:
+            return None
+        filters = made.winograd(run, r.values)
+        if filters is not None and v.is_contiguous(memory_format=torch.channels_last):
+            return winograd.product(v, r.values, filters, r.factor)
+        if v.nbytes <= _LARGE or v.device.type != "cpu" or made.window is None:
             return None
         r_values, weight = self._unscaled(run, r.values)
         groups = made.conv.args["groups"]

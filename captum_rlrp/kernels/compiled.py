@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from math import prod
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from captum_rlrp.kernels import onednn, reference
+from captum_rlrp.kernels import extension, onednn, reference, winograd
+from captum_rlrp.kernels.extension import ops
 from captum_rlrp.kernels.reference import (
     Ints,
     Term,
@@ -24,15 +23,10 @@ __all__ = [
     "adaptive_avg_pool",
     "adaptive_max_pool",
     "adaptive_max_unpool",
-    "available",
     "avg_pool",
-    "build_info",
     "conv",
-    "cuda_available",
-    "cuda_load_error",
     "linear",
     "linear_rows",
-    "load_error",
     "mass",
     "max_pool",
     "max_unpool",
@@ -44,53 +38,11 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MAX_AXES = 8
 
 
-def _load(name: str) -> tuple[ModuleType | None, Exception | None]:
-    """Load one part of the extension; its ops then appear under ``torch.ops.captum_rlrp``."""
-    try:
-        return importlib.import_module(f"captum_rlrp.{name}"), None
-    except Exception as error:  # ImportError, OSError, a symbol that this torch lacks: keep any
-        return None, error
-
-
-_cpu, _cpu_error = _load("_C")
-_cuda, _cuda_error = (None, _cpu_error) if _cpu is None else _load("_C_cuda")
-ops = torch.ops.captum_rlrp
-
-
-def available() -> bool:
-    """Whether the extension is loaded."""
-    return _cpu is not None
-
-
-def load_error() -> Exception | None:
-    """Why the extension is not loaded."""
-    return _cpu_error
-
-
-def cuda_available() -> bool:
-    """Whether the CUDA part of the extension is loaded (a GPU need not be there)."""
-    return _cuda is not None
-
-
-def cuda_load_error() -> Exception | None:
-    """Why the CUDA part is not loaded."""
-    return _cuda_error
-
-
-def build_info() -> dict[str, object]:
-    """Compiler, flags, CUDA version and architectures of the loaded extension."""
-    info: dict[str, object] = {}
-    for part in (_cpu, _cuda):
-        if part is not None:
-            info.update(part.build_info())
-    return info
-
-
 def _covers(first: Tensor, *others: Tensor) -> bool:
     """Whether the extension runs on tensors of this device and (common) dtype."""
     device = first.device
     return (
-        (device.type == "cpu" or (device.type == "cuda" and _cuda is not None))
+        (device.type == "cpu" or (device.type == "cuda" and extension.cuda_available()))
         and first.dtype in DTYPES
         and 1 <= first.dim() <= MAX_AXES
         and all(t.dtype == first.dtype and t.device == device for t in others)
@@ -292,6 +244,8 @@ def conv(
             if max(window[0]) > 1 or reference.memory_format(g) == torch.channels_last:
                 result: Tensor = ops.conv_few.default(g, weight, list(input_shape), *window)
                 return result
+        elif winograd.covers(g, weight, window[0], window[1], window[2], groups):
+            return winograd.transpose(g, winograd.Filters(weight, None, None, window[1]))
         elif onednn.covers(g, weight) and onednn.is_product(
             g, weight, window[0], window[1], groups
         ):
@@ -348,6 +302,25 @@ def _fake_max_pool(x: Tensor, kernel: list[int], *rest: Any) -> tuple[Tensor, Te
     return _winners(_image(x, shape), torch.uint8 if prod(kernel) <= 256 else torch.int32)
 
 
+def _channels_last(model: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(
+        shape, dtype=model.dtype, device=model.device, memory_format=torch.channels_last
+    )
+
+
+def _fake_conv_3x3(
+    x: Tensor, weight: Tensor, _scale: Any, _bias: Any, _other: Any, padding: list[int], _relu: bool
+) -> tuple[Tensor, Tensor]:
+    size = [s + 2 * p - 2 for s, p in zip(x.shape[2:], padding, strict=True)]
+    y = _channels_last(x, (len(x), len(weight), *size))
+    return y, x.new_empty(len(weight))
+
+
+def _fake_conv_3x3_transpose(g: Tensor, weight: Tensor, _scale: Any, padding: list[int]) -> Tensor:
+    size = [s + 2 - 2 * p for s, p in zip(g.shape[2:], padding, strict=True)]
+    return _channels_last(g, (len(g), weight.shape[1], *size))
+
+
 def _register_fakes() -> None:
     fake = torch.library.register_fake
     fake("captum_rlrp::product")(lambda x, g, factor: (torch.empty_like(x), _masses(x)))
@@ -365,13 +338,12 @@ def _register_fakes() -> None:
     )
     fake("captum_rlrp::adaptive_max_unpool")(lambda r, winners, shape: _image(r, shape))
     fake("captum_rlrp::avg_pool")(lambda r, shape, *_: _image(r, shape))
-    fake("captum_rlrp::conv_few")(
-        lambda g, weight, shape, *_: torch.empty(
-            shape, dtype=g.dtype, device=g.device, memory_format=torch.channels_last
-        )
-    )
+    fake("captum_rlrp::conv_few")(lambda g, weight, shape, *_: _channels_last(g, shape))
+    fake("captum_rlrp::conv_3x3")(_fake_conv_3x3)
+    fake("captum_rlrp::conv_3x3_transpose")(_fake_conv_3x3_transpose)
+    fake("captum_rlrp::conv_3x3_product_")(lambda x, *_: _masses(x))
     fake("captum_rlrp::adaptive_avg_pool")(lambda r, shape: _image(r, shape))
 
 
-if _cpu is not None:
+if extension.available():
     _register_fakes()

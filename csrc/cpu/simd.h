@@ -1,6 +1,8 @@
 // One binary for every x86: the same code compiled for several instruction sets, chosen at run time.
 #pragma once
 
+#include <type_traits>
+
 #define RLRP_INLINE __attribute__((always_inline))
 
 namespace rlrp {
@@ -18,6 +20,11 @@ inline Level detect() {
   return avx2 && avx512 ? Level::kAvx512 : avx2 ? Level::kAvx2 : Level::kBase;
 }
 
+inline Level level() {
+  static const Level found = detect();
+  return found;
+}
+
 template <class F>
 __attribute__((noinline, target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void on_avx512(
     const F& f) {
@@ -32,8 +39,7 @@ __attribute__((noinline, target("avx2,fma"))) void on_avx2(const F& f) {
 // Runs f, whose code must be marked RLRP_INLINE throughout to be compiled for the instruction set.
 template <class F>
 void run(const F& f) {
-  static const Level level = detect();
-  switch (level) {
+  switch (level()) {
     case Level::kAvx512:
       return on_avx512(f);
     case Level::kAvx2:
@@ -43,11 +49,29 @@ void run(const F& f) {
   }
 }
 
+// The same with a constant: how many floats a vector of the instruction set holds.
+template <class F>
+void run_wide(const F& f) {
+  switch (level()) {
+    case Level::kAvx512:
+      return on_avx512([&]() RLRP_INLINE { f(std::integral_constant<int, 16>{}); });
+    case Level::kAvx2:
+      return on_avx2([&]() RLRP_INLINE { f(std::integral_constant<int, 8>{}); });
+    default:
+      return f(std::integral_constant<int, 4>{});
+  }
+}
+
 #else
 
 template <class F>
 void run(const F& f) {
   f();
+}
+
+template <class F>
+void run_wide(const F& f) {
+  f(std::integral_constant<int, 4>{});
 }
 
 #endif

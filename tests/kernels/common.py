@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from captum_rlrp.kernels import compiled, reference
+from captum_rlrp.kernels import compiled, extension, reference
 
 needs_extension = pytest.mark.skipif(
-    not compiled.available(), reason=f"extension not loaded: {compiled.load_error()}"
+    not extension.available(), reason=f"extension not loaded: {extension.load_error()}"
 )
 
 # Tests that need a GPU exist only where there is one.
-HAVE_GPU = torch.cuda.is_available() and compiled.cuda_available()
+HAVE_GPU = torch.cuda.is_available() and extension.cuda_available()
 DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if HAVE_GPU else [])]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = ["contiguous", "channels_last", "sliced", "permuted"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from captum_rlrp import kernels
-from captum_rlrp.kernels import compiled, get_backend, reference
+from captum_rlrp.kernels import compiled, extension, get_backend, reference
 
 from .common import needs_extension
 
@@ -39,8 +39,8 @@ def no_variable(monkeypatch):
 
 @pytest.fixture
 def no_extension(monkeypatch, no_variable):
-    monkeypatch.setattr(compiled, "_cpu", None)
-    monkeypatch.setattr(compiled, "_cpu_error", ImportError("no such file"))
+    monkeypatch.setattr(extension, "_cpu", None)
+    monkeypatch.setattr(extension, "_cpu_error", ImportError("no such file"))
     monkeypatch.setattr(kernels, "_warned", False)
 
 
@@ -107,4 +107,4 @@ def test_the_variable_in_a_fresh_process(name):
 )
 @needs_extension
 def test_cuda_kernels_are_compiled_linked_and_loaded():
-    assert compiled.cuda_available(), compiled.cuda_load_error()
+    assert extension.cuda_available(), extension.cuda_load_error()

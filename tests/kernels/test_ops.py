@@ -202,3 +202,52 @@ def test_opcheck_of_few_channels():
 def test_few_channels_refuse_what_does_not_fit(position, bad):
     arguments = [*FEW[:position], bad, *FEW[position + 1 :]]
     assert refused("conv_few", arguments)
+
+
+IMAGE = torch.randn(2, 32, 6, 5).to(memory_format=torch.channels_last)
+G, FILTERS, SCALE = torch.randn(2, 64, 4, 3), torch.randn(64, 32, 3, 3), torch.rand(64)
+WINOGRAD = {
+    "conv_3x3": (IMAGE, FILTERS, SCALE, torch.randn(64), G, [0, 0], True),
+    "conv_3x3_transpose": (G, FILTERS, SCALE, [0, 0]),
+    "conv_3x3_product_": (IMAGE, G, FILTERS, SCALE, torch.rand(2), [0, 0]),
+}
+
+
+@pytest.mark.parametrize("name", list(WINOGRAD))
+def test_opcheck_of_winograd(name):
+    arguments = [a.clone() if isinstance(a, torch.Tensor) else a for a in WINOGRAD[name]]
+    torch.library.opcheck(getattr(ops, name).default, arguments, raise_exception=True)
+
+
+@pytest.mark.parametrize("name", list(WINOGRAD))
+def test_winograd_refuses_what_does_not_fit(name):
+    good = WINOGRAD[name]
+    for position, value in enumerate(good):
+        if isinstance(value, list):
+            bad = [[0], [0, 0, 0], [], [-1, 0], [0, 3], [2**62, 0], [1, 1]]
+            if name == "conv_3x3_transpose":  # whose result may have any size
+                bad.remove([1, 1])
+        elif isinstance(value, torch.Tensor):
+            bad = list(bad_tensors(value).values())
+            if name == "conv_3x3_transpose" and position == 0:  # likewise
+                bad = [b for b in bad if b.dim() != 4 or b.dtype != torch.float32]
+            if value.dim() == 1 and len(value) == 64:
+                bad = [b for b in bad if b.shape != value.shape or b.dtype != torch.float32]
+        else:
+            continue
+        for wrong in bad:
+            assert refused(name, [*good[:position], wrong, *good[position + 1 :]]), (
+                position,
+                wrong,
+            )
+
+
+def test_winograd_refuses_images_that_do_not_fit():
+    x, g, weight, *rest = WINOGRAD["conv_3x3_product_"]
+    for image in (x.contiguous(), x[..., :-1], x[:, :, :2], torch.randn(2, 32, 5, 12)[..., ::2]):
+        assert refused("conv_3x3_product_", (image, g, weight, *rest))
+    square = torch.randn(32, 32, 3, 3)
+    assert refused("conv_3x3_product_", (x, x, square, None, None, [1, 1]))  # the same memory
+    assert refused("conv_3x3", (x[:, :, :2], weight, None, None, None, [0, 0], False))
+    assert refused("conv_3x3", (x, weight[:50], None, None, None, [0, 0], False))
+    assert refused("conv_3x3", (x[:, :20], weight[:, :20], None, None, None, [0, 0], False))
