@@ -15,7 +15,7 @@ from time import perf_counter
 import pytest
 import torch
 
-from captum_rlrp.kernels import compiled, extension, reference
+from captum_rlrp.kernels import compiled, extension, reference, winograd
 
 pytest.importorskip("pytest_benchmark")
 if not extension.available():
@@ -48,6 +48,14 @@ DENSE = {  # rows, inputs, outputs
     "vgg16.fc2": (1, 4096, 4096),
     "vit_b_16.mlp": (197, 768, 3072),
 }
+WINOGRAD = [  # layer, batch, channels, filters, side
+    ("resnet50.layer1", 8, 64, 64, 56),
+    ("resnet50.layer3", 8, 256, 256, 14),
+    ("resnet50.layer3", 1, 256, 256, 14),
+    ("vgg16.conv1_2", 1, 64, 64, 224),
+    ("vgg16.conv4_2", 4, 512, 512, 28),
+    ("densenet121.block1", 4, 128, 32, 56),
+]
 FIRST_LAYERS = {  # filters, kernel, stride, padding, side of the output
     "vgg16.conv1_1": (64, 3, 1, 1, 224),
     "resnet50.conv1": (64, 7, 2, 3, 112),
@@ -241,3 +249,28 @@ def test_pointwise_gradient(benchmark, shape):
     weight = make((out, channels, 1, 1), torch.float32, torch.channels_last)
     title = f"pointwise {channels} to {out} at {size}, batch {batch}"
     compare_conv(benchmark, title, g, weight, (batch, channels, size, size))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a kernel for the CPU")
+@pytest.mark.parametrize("layer", WINOGRAD, ids=str)
+@pytest.mark.parametrize("direction", ["forward", "product"])
+def test_winograd(benchmark, direction, layer):
+    """Filters as each side likes them best: laid out as the image, and as modules have them."""
+    name, batch, channels, out, side = layer
+    x = make((batch, channels, side, side), torch.float32, torch.channels_last)
+    g = make((batch, out, side, side), torch.float32, torch.channels_last)
+    weight = make((out, channels, 3, 3), torch.float32, torch.channels_last)
+    bias = torch.zeros(out)
+    filters = winograd.Filters(weight.contiguous(), None, bias, [1, 1])
+    fused = ([1, 1], [1, 1], [1, 1], 1, "relu", [], "")
+    sides = {
+        "forward": (
+            lambda: torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *fused),
+            lambda: winograd.convolution(x, filters, relu=True),
+        ),
+        "product": (
+            lambda: plain_product(x, reference.conv(g, weight, x.shape, 1, 1)),
+            lambda: winograd.product(x, g, filters, None),
+        ),
+    }[direction]
+    compare(benchmark, f"3×3 {direction} {name}, batch {batch}", *sides)

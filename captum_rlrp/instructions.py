@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 _LARGE = 2**25  # bytes: more than that, glibc takes from the system anew each time
+_LARGE_WEIGHT = 2**18  # elements
 
 # Activations with |act(z)| ≤ |z|.
 _SHRINKING = {aten.relu, aten.relu6, aten.silu, aten.hardswish, aten.tanh}
@@ -405,9 +406,19 @@ class RestoredSum(Sum):
 
 
 def _new_weight(weight: Tensor, x: Like) -> Tensor:
-    """Uninitialised, laid out as x is."""
+    """Uninitialised, laid out as oneDNN wants it for x."""
+    if _is_large_of_signals(weight, x):
+        filters, channels, taps = weight.shape
+        return weight.new_empty(filters, taps, channels).transpose(1, 2)
     return torch.empty_like(weight, memory_format=x.memory_format)
 
 
 def _is_laid_out(weight: Tensor, x: Like) -> bool:
+    if _is_large_of_signals(weight, x):
+        return weight.transpose(1, 2).is_contiguous()
     return weight.is_contiguous(memory_format=x.memory_format)
+
+
+def _is_large_of_signals(weight: Tensor, x: Like) -> bool:
+    """Whether oneDNN would take long to lay out the filters itself: smaller ones stay as they lie."""
+    return weight.dim() == 3 and weight.numel() >= _LARGE_WEIGHT and onednn.covers(x, weight)

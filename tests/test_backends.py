@@ -201,6 +201,8 @@ LARGE = pytest.mark.parametrize("large", [instructions._LARGE, 4000])
 @pytest.mark.parametrize("channels", [1, 3, 6])
 def test_signals(batch: int, channels: int, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(instructions, "_LARGE", large)
+    if large == 4000:
+        monkeypatch.setattr(instructions, "_LARGE_WEIGHT", 1)
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv1d(channels, 16, 7, stride=2, padding=3),
