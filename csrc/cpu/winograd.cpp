@@ -17,17 +17,19 @@ namespace {
 constexpr int kPatch = 4;
 constexpr int kStep = 2;  // from one patch to the next: the outputs of each
 constexpr int kTerms = kPatch * kPatch;
-constexpr int kColumns = 2;   // vectors of outputs that the matrix product holds at a time
-constexpr int64_t kBlock = 48;      // patches; a multiple of the rows below
+constexpr int kColumns = 2;            // vectors of outputs that the matrix product holds at a time
+constexpr int64_t kBlock = 48;         // patches at a time; a multiple of the rows below
+constexpr int64_t kLeast = 8;          // patches that are worth a task of their own
 constexpr int64_t kFilters = 1 << 20;  // elements of the filters that are transformed at a time
-constexpr int64_t kMultiple = 32;   // channels come in multiples of it
-constexpr int64_t kPad = 16;        // keeps the planes of a buffer out of each other's cache lines
+constexpr int64_t kMultiple = 32;      // channels come in multiples of it
+constexpr int64_t kPad = 16;           // keeps the planes of a buffer out of each other's cache lines
 
 template <int kLanes>
 struct Lanes {
   typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
   typedef float Unaligned __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
   static constexpr int kRows = kLanes == 16 ? 12 : 6;  // what the registers hold, times kColumns
+  static constexpr int kFewRows = kRows / 3;           // at the end of a block
 };
 template <int kLanes>
 using Vector = typename Lanes<kLanes>::Vector;
@@ -173,11 +175,10 @@ RLRP_INLINE inline void transform_patch(const Convolution& conv, const Place& at
   }
 }
 
-// kRows rows of a matrix product: (kRows, depth) times (depth, a panel).
-template <int kLanes>
+// Some rows of a matrix product: (kRows, depth) times (depth, a panel).
+template <int kLanes, int kRows>
 RLRP_INLINE inline void multiply_rows(int64_t depth, const float* rows, const float* panel, float* result,
                                       int64_t result_step) {
-  constexpr int kRows = Lanes<kLanes>::kRows;
   Vector<kLanes> sum[kRows][kColumns] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Vector<kLanes> factor[kColumns];
@@ -245,21 +246,25 @@ template <int kLanes>
 RLRP_INLINE inline void convolve(const Convolution& conv, const Range& range, const float* filters,
                                  const float* zeros, int64_t first, int64_t last, float* patches,
                                  float* products) {
-  constexpr int kRows = Lanes<kLanes>::kRows, kPanel = kColumns * kLanes;
+  constexpr int kRows = Lanes<kLanes>::kRows, kFew = Lanes<kLanes>::kFewRows, kPanel = kColumns * kLanes;
   const int64_t in = conv.in.channels, out = range.count;
   const int64_t patch_plane = kBlock * in + kPad, product_plane = kBlock * out + kPad;
   const int64_t filter_plane = in * out + kPad;
   for (int64_t k = first; k < last; ++k) {
     transform_patch<kLanes>(conv, place(conv, k), zeros, patches + (k - first) * in, patch_plane);
   }
-  const int64_t count = last - first, rows = ceil_div(count, kRows) * kRows;
+  const int64_t count = last - first, rows = ceil_div(count, kFew) * kFew;
   for (int term = 0; term < kTerms; ++term) {
-    float* plane = patches + term * patch_plane;
-    std::fill_n(plane + count * in, (rows - count) * in, 0.0f);
+    float *from = patches + term * patch_plane, *to = products + term * product_plane;
+    std::fill_n(from + count * in, (rows - count) * in, 0.0f);
     for (int64_t c = 0; c < out; c += kPanel) {
-      for (int64_t row = 0; row < rows; row += kRows) {
-        multiply_rows<kLanes>(in, plane + row * in, filters + term * filter_plane + c * in,
-                              products + term * product_plane + row * out + c, out);
+      const float* panel = filters + term * filter_plane + c * in;
+      int64_t row = 0;
+      for (; row + kRows <= rows; row += kRows) {
+        multiply_rows<kLanes, kRows>(in, from + row * in, panel, to + row * out + c, out);
+      }
+      for (; row < rows; row += kFew) {
+        multiply_rows<kLanes, kFew>(in, from + row * in, panel, to + row * out + c, out);
       }
     }
   }
@@ -273,9 +278,8 @@ void run(Convolution& conv, const Tensor& model) {
   conv.along = ceil_div(conv.out.width, kStep);
   const int64_t in = conv.in.channels, out = conv.out.channels;
   const int64_t most = std::clamp(kFilters / (kTerms * in) / kMultiple * kMultiple, kMultiple, out);
-  const int64_t blocks = ceil_div(conv.patches(), kBlock);
   // Each task works through blocks of patches with buffers of its own.
-  const int64_t tasks = min64(torch::stable::get_num_threads(), blocks);
+  const int64_t tasks = min64(torch::stable::get_num_threads(), ceil_div(conv.patches(), kLeast));
   const int64_t patches = kTerms * (kBlock * in + kPad), products = kTerms * (kBlock * most + kPad);
   const auto workspace = [&](int64_t size) {
     return torch::stable::empty({size}, ScalarType::Float, std::nullopt, model.device(), std::nullopt,
@@ -295,9 +299,10 @@ void run(Convolution& conv, const Tensor& model) {
       simd::run_wide([&](auto lanes) RLRP_INLINE {
         for (int64_t task = begin; task < end; ++task) {
           float* buffer = buffers_data + task * (patches + products);
-          for (int64_t block = blocks * task / tasks; block < blocks * (task + 1) / tasks; ++block) {
-            const int64_t first = block * kBlock, last = min64(first + kBlock, conv.patches());
-            convolve<lanes>(conv, range, filters_data, zeros.data(), first, last, buffer, buffer + patches);
+          const int64_t end = conv.patches() * (task + 1) / tasks;
+          for (int64_t first = conv.patches() * task / tasks; first < end; first += kBlock) {
+            convolve<lanes>(conv, range, filters_data, zeros.data(), first, min64(first + kBlock, end), buffer,
+                            buffer + patches);
           }
         }
       });
