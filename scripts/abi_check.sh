@@ -26,10 +26,10 @@ for one in "$python" "$work/oldest/bin/python"; do
         cd "$work/copy"
         export PYTHONPATH="$work/copy" CAPTUM_RLRP_BACKEND=compiled
         "$one" -c "import torch
-from captum_rlrp.kernels import compiled
-print('== torch', torch.__version__, '; CUDA kernels:', compiled.cuda_load_error() or 'loaded')
-assert compiled.available(), compiled.load_error()"
-        "$one" -m pytest -q -p no:cacheprovider tests/kernels -k "compiled or ops"
+from captum_rlrp.kernels import extension
+print('== torch', torch.__version__, '; CUDA kernels:', extension.cuda_load_error() or 'loaded')
+assert extension.available(), extension.load_error()"
+        "$one" -m pytest -q -p no:cacheprovider tests/kernels -k "compiled or ops or winograd"
     )
 done
 echo "== one build, both torches"
