@@ -473,7 +473,7 @@ def _start(
             f"output of shape {shape}; an explanation needs one: {_target_hint(shape)}."
         )
     chosen = chosen.reshape(-1)
-    start.view(-1)[chosen] = 1
+    start.view(-1).index_fill_(0, chosen, 1)
     return start, chosen % shape[1] if len(shape) == 2 else None
 
 
@@ -502,9 +502,10 @@ def _choose(output: Tensor, target: Any, whole: int, rows: slice, name: str) -> 
         flat = not isinstance(given, tuple) and not (
             isinstance(given, list) and any(isinstance(n, (tuple, list)) for n in given)
         )
-        if flat and len(numbers) in (1, len(output)):  # the usual case, in few calls
-            columns = torch.tensor(numbers, device=output.device) % shape[1]
-            return columns + torch.arange(0, output.numel(), shape[1], device=output.device)
+        if flat and len(numbers) in (1, shape[0]):  # the usual case, in one call
+            many = numbers * shape[0] if len(numbers) == 1 else numbers
+            chosen = [i * shape[1] + n % shape[1] for i, n in enumerate(many)]
+            return torch.tensor(chosen, dtype=torch.int64, device=output.device)
     positions = torch.arange(output.numel(), device=output.device).view(shape)
     if isinstance(given, Tensor):
         given = given.to(positions.device)

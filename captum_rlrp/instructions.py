@@ -420,5 +420,5 @@ def _is_laid_out(weight: Tensor, x: Like) -> bool:
 
 
 def _is_large_of_signals(weight: Tensor, x: Like) -> bool:
-    """Whether oneDNN would take long to lay out the filters itself: smaller ones stay as they lie."""
+    """Whether oneDNN would take long to lay out the filters; smaller ones stay as they lie."""
     return weight.dim() == 3 and weight.numel() >= _LARGE_WEIGHT and onednn.covers(x, weight)

@@ -332,7 +332,7 @@ class Run:
     def spent(self, node: Node) -> Tensor | None:
         """A value that nobody reads after this step and that may be written over, samples first."""
         value = self._values[node] if node in self._spent else None
-        if value is None or self.layout(node) != Layout() or len(value) != self.batch:
+        if value is None or self.layout(node) != _PLAIN or value.shape[0] != self.batch:
             return None
         return None if 0 in value.stride() else value
 
@@ -525,6 +525,7 @@ class Run:
         )
 
 
+_PLAIN = Layout()  # the batch comes first
 _LARGE = 1e74  # the square of what float32 holds, and some room
 
 

@@ -97,7 +97,7 @@ template <int kLanes>
 RLRP_INLINE inline void transform_filters(const Convolution& conv, const Range& range, int64_t first,
                                           int64_t last, float* result) {
   constexpr int kPanel = kColumns * kLanes;
-  constexpr int kAhead = 8;
+  constexpr int kAhead = 8;  // inputs: their filters lie too far apart for the processor to foresee
   const Filters& f = conv.filters;
   const int64_t plane = conv.in.channels * range.count + kPad;
   for (int64_t k = first; k < last; k += kLanes) {
@@ -295,9 +295,9 @@ void run(Convolution& conv, const Tensor& model) {
         transform_filters<lanes>(conv, range, first * kMultiple, last * kMultiple, filters_data);
       });
     });
-    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, tasks, 1, [&](int64_t first_task, int64_t last_task) {
       simd::run_wide([&](auto lanes) RLRP_INLINE {
-        for (int64_t task = begin; task < end; ++task) {
+        for (int64_t task = first_task; task < last_task; ++task) {
           float* buffer = buffers_data + task * (patches + products);
           const int64_t end = conv.patches() * (task + 1) / tasks;
           for (int64_t first = conv.patches() * task / tasks; first < end; first += kBlock) {
