@@ -186,7 +186,8 @@ class RelativeLRP(_Explainer, Attribution):
                     Default: False
 
             internal_batch_size (int, optional): Explain so many examples at a time, which
-                    bounds the memory and changes no result beyond rounding. All at once if None.
+                    bounds the memory and changes no result beyond rounding. On a CPU, 8 is
+                    faster for larger batches of images. All at once if None.
                     Default: None
 
         Returns:
