@@ -59,11 +59,11 @@ def test_compiled_equals_reference_at_full_size(name: str) -> None:
     actual = RelativeLRP(model, backend="compiled").attribute(x, target=7)
     # Two elements of a window may be equal up to rounding, and each backend rounds otherwise:
     # then all that VGG's last pooling gives one of them lies elsewhere. That befalls a sixth of the
-    # samples, and of 48 that were tried none by more than 0.013.
+    # samples; of 48 others that were tried it moved one by 0.013, the rest by up to 0.005.
     apart = distances(actual, expected)
     without_ties = apart.max() if name == "resnet50" else apart.min()
     assert without_ties < TOLERANCE[torch.float32]
-    assert apart.max() < 0.02
+    assert apart.max() < 0.01
 
 
 @pytest.mark.parametrize("name", ["vgg16", "resnet50"])

@@ -16,9 +16,8 @@ from captum_rlrp.kernels.extension import ops
 from captum_rlrp.kernels.onednn import Operand
 
 _MULTIPLE = 32  # of which numbers of channels must be
-_FEW_PATCHES = (
-    24  # of 2×2 outputs, up to which transforming the filters takes longer than is gained
-)
+# Patches of 2×2 outputs, up to which transforming the filters takes longer than is gained.
+_FEW_PATCHES = 24
 
 # Without wide vectors nobody measured it.
 _IS_FAST = extension.available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")

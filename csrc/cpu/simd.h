@@ -20,11 +20,6 @@ inline Level detect() {
   return avx2 && avx512 ? Level::kAvx512 : avx2 ? Level::kAvx2 : Level::kBase;
 }
 
-inline Level level() {
-  static const Level found = detect();
-  return found;
-}
-
 template <class F>
 __attribute__((noinline, target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void on_avx512(
     const F& f) {
@@ -36,23 +31,12 @@ __attribute__((noinline, target("avx2,fma"))) void on_avx2(const F& f) {
   f();
 }
 
-// Runs f, whose code must be marked RLRP_INLINE throughout to be compiled for the instruction set.
-template <class F>
-void run(const F& f) {
-  switch (level()) {
-    case Level::kAvx512:
-      return on_avx512(f);
-    case Level::kAvx2:
-      return on_avx2(f);
-    default:
-      return f();
-  }
-}
-
-// The same with a constant: how many floats a vector of the instruction set holds.
+// Runs f, whose code must be marked RLRP_INLINE throughout to be compiled for the instruction set, with a
+// constant: how many floats a vector of it holds.
 template <class F>
 void run_wide(const F& f) {
-  switch (level()) {
+  static const Level level = detect();
+  switch (level) {
     case Level::kAvx512:
       return on_avx512([&]() RLRP_INLINE { f(std::integral_constant<int, 16>{}); });
     case Level::kAvx2:
@@ -65,16 +49,17 @@ void run_wide(const F& f) {
 #else
 
 template <class F>
-void run(const F& f) {
-  f();
-}
-
-template <class F>
 void run_wide(const F& f) {
   f(std::integral_constant<int, 4>{});
 }
 
 #endif
+
+// The same for code that leaves vectors to the compiler.
+template <class F>
+void run(const F& f) {
+  run_wide([&](auto) RLRP_INLINE { f(); });
+}
 
 }  // namespace simd
 }  // namespace rlrp

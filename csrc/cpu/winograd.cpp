@@ -44,6 +44,11 @@ RLRP_INLINE inline void store(float* to, Vector<kLanes> value) {
   *reinterpret_cast<typename Lanes<kLanes>::Unaligned*>(to) = value;
 }
 
+template <class V>
+RLRP_INLINE inline V magnitude(const V& v) {
+  return v < 0 ? -v : v;
+}
+
 struct Image {
   int64_t channels, height, width;
 
@@ -119,7 +124,7 @@ RLRP_INLINE inline void transform_filters(const Convolution& conv, const Range& 
             gathered[lane] = filters[lane * f.out + i * f.down + j * f.along];
           }
           tap[i][j] = load<kLanes>(gathered) * load<kLanes>(scale);
-          mass += tap[i][j] < 0 ? -tap[i][j] : tap[i][j];
+          mass += magnitude(tap[i][j]);
         }
       }
       for (int j = 0; j < 3; ++j) {
@@ -228,7 +233,7 @@ RLRP_INLINE inline void finish_patch(const Convolution& conv, const Range& range
         if (conv.relu) y[i][j] = y[i][j] < 0 ? Vector<kLanes>{} : y[i][j];  // a NaN stays
         if (conv.multiplies) {
           y[i][j] = y[i][j] * factor * load<kLanes>(conv.y + offset);
-          mass += y[i][j] < 0 ? -y[i][j] : y[i][j];
+          mass += magnitude(y[i][j]);
         }
         store<kLanes>(conv.y + offset, y[i][j]);
       }
