@@ -186,8 +186,9 @@ class RelativeLRP(_Explainer, Attribution):
                     Default: False
 
             internal_batch_size (int, optional): Explain so many examples at a time, which
-                    bounds the memory and changes no result beyond rounding. On a CPU, 8 is
-                    faster for larger batches of images. All at once if None.
+                    bounds the memory and changes no result beyond rounding. If None, all at
+                    once on a GPU; on a CPU as many as are fast, wherever it is sure that no
+                    example influences another.
                     Default: None
 
         Returns:

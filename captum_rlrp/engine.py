@@ -20,6 +20,7 @@ from torch.fx import Node
 from .capture import CapturedGraph, capture, check_eval_mode, flatten_arguments
 from .errors import CaptureError, InputError, NonFiniteError
 from .fusion import fuse
+from .portions import divide, find_portion
 from .program import Program, find_non_finite
 from .recording import Recordings, Task
 from .sections import Plan, plan
@@ -62,6 +63,7 @@ class Captured:
     wanted: tuple[Node, ...]
     parameters: tuple[tuple[str, Node, torch.Size, torch.dtype, torch.device], ...]
     modules: tuple[Remembered, ...]
+    portion: int | None
 
     @property
     def per_sample(self) -> bool:
@@ -141,12 +143,17 @@ class Engine:
             wanted: Which values' relevance to return; the inputs' by default.
             key: Tells `wanted` functions apart.
             measure_delta: Whether to measure the violation of the local law.
-            internal_batch_size: Samples that go through at a time; all of them by default.
+            internal_batch_size: Samples that go through at a time; by default all of them, or as
+                many as are fast on a CPU.
         """
         args = (*inputs, *additional)
         batch = len(inputs[0])
         captured, parameters = self._bound(args, len(inputs), batch, wanted, key)
-        size = 1 if captured.per_sample else internal_batch_size or batch
+        size = internal_batch_size or batch
+        if captured.per_sample:
+            size = 1
+        elif internal_batch_size is None and captured.portion and not _carry(additional, batch):
+            size = divide(batch, captured.portion)
         parts = []
         for first in range(0, batch, size):
             rows = slice(first, min(first + size, batch))
@@ -228,7 +235,9 @@ class Engine:
             for value in (_attribute(self.model, name),)
         )
         modules = tuple(map(_remember, self.model.modules()))
-        return Captured(program, tuple(nodes), tuple(taps), parameters, modules)
+        divides = self.fuses and _device(args) == "cpu"
+        portion = find_portion(graph, made.layouts) if divides else None
+        return Captured(program, tuple(nodes), tuple(taps), parameters, modules, portion)
 
     def _capture_single(
         self, args: Sequence[Any], batch: int, error: CaptureError | None
@@ -324,8 +333,11 @@ class Engine:
 
 def _no_autocast(args: Sequence[Any]) -> Any:
     """The captured graph holds the casts it needs; an ambient autocast would add others."""
-    device = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
-    return torch.autocast(device, enabled=False)
+    return torch.autocast(_device(args), enabled=False)
+
+
+def _device(args: Sequence[Any]) -> str:
+    return next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
 
 
 def _attribute(model: nn.Module, name: str) -> Tensor:
@@ -370,6 +382,12 @@ def _signature(value: Any, batch: int) -> Hashable:
             "captured graph; pass tensors, numbers, strings, None, or lists and dicts of them."
         ) from error
     return (type(value), value)
+
+
+def _carry(additional: Sequence[Any], batch: int) -> bool:
+    """Whether an argument has the batch's size: it may be of the samples, or happen to have it."""
+    leaves = flatten_arguments(additional)
+    return any(isinstance(leaf, Tensor) and leaf.shape[:1] == (batch,) for leaf in leaves)
 
 
 def _take(value: Any, rows: slice, batch: int) -> Any:

@@ -92,7 +92,7 @@ def infer(
     Returns:
         The layout, or None where the samples cannot be told apart.
     """
-    expressions = [_expression(size) for size in shape]
+    expressions = [expression(size) for size in shape]
     carrying = [d for d, e in enumerate(expressions) if batch in e.free_symbols]
     if len(carrying) != 1:
         return None
@@ -109,17 +109,18 @@ def infer(
             stride = layout.inner * trailing
             if stride % below == 0:
                 return Layout(dim, int(stride // below))
-        elif any(_expression(size) == expressions[dim] for size in source_shape):
+        elif any(expression(size) == expressions[dim] for size in source_shape):
             return Layout(dim, layout.inner)
     return None
 
 
-def _expression(size: int | torch.SymInt) -> sympy.Expr:
+def expression(size: int | torch.SymInt) -> sympy.Expr:
+    """A size as a formula of the batch size."""
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
 
 
 def _product(sizes: Sequence[int | torch.SymInt]) -> int:
     result = 1
     for size in sizes:
-        result *= int(_expression(size))
+        result *= int(expression(size))
     return result
