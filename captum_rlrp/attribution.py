@@ -545,7 +545,7 @@ def _any_target(output: Tensor) -> Any:
 
 
 def _finish(part: Tensor, dtype: torch.dtype) -> Tensor:
-    return part.detach().to(dtype).contiguous()
+    return part.to(dtype).contiguous()
 
 
 def _delta_dtype(x: Tensor) -> torch.dtype:

@@ -5,6 +5,8 @@ Knows neither Captum nor targets; :mod:`captum_rlrp.attribution` adds those.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import threading
 import weakref
 from collections import OrderedDict
@@ -310,8 +312,8 @@ class Engine:
         return Explanation(parts, result.delta)
 
     def _check_finite(self, task: Task, sums: Tensor) -> None:
-        finite_met, finite_watched = sums.isfinite().tolist()
-        if finite_met and finite_watched:
+        finite = [math.isfinite(total) for total in sums.tolist()]
+        if all(finite):
             return
         for i, x in enumerate(task.values[node] for node in task.explained):
             if x.is_floating_point() and not x.isfinite().all():
@@ -324,7 +326,7 @@ class Engine:
         error = find_non_finite(task.program, dict(task.values))
         if error is not None:
             raise error
-        if not finite_met:
+        if not all(finite[: len(task.floating) + 2]):
             raise NonFiniteError(
                 "Relevance overflowed although every value of the model is finite: the weights are "
                 "too large for this dtype. Use float64 (model.double(), inputs.double())."
@@ -333,7 +335,10 @@ class Engine:
 
 def _no_autocast(args: Sequence[Any]) -> Any:
     """The captured graph holds the casts it needs; an ambient autocast would add others."""
-    return torch.autocast(_device(args), enabled=False)
+    device = _device(args)
+    if not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def _device(args: Sequence[Any]) -> str:

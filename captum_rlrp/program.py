@@ -426,8 +426,9 @@ class Run:
         self._column = column
         plan = self.program.plan
         # One unit for each sample.
-        unit = Relevance(start, None, start.new_ones(batch))
-        arrived: dict[Node, list[Relevance]] = {self.program.graph.output: [unit]}
+        unit = start.new_ones(batch)
+        self._masses.append(unit)
+        arrived = {self.program.graph.output: [Relevance(start, None, unit)]}
         wanted: dict[Node, list[Relevance]] = {}
         for i in reversed(range(len(plan.steps))):
             step = plan.steps[i]
@@ -511,18 +512,18 @@ class Run:
         self._energies[result] = bound
 
     def sums(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Two sums: finite if every value that relevance met was; and if every watched one was.
+        """Sums that are finite if their summands are, in one tensor: a look waits for the device.
 
-        Two for all of them, as each look waits for the device. The second may be infinite where
-        values are merely huge.
+        Args:
+            inputs: The floating-point inputs.
+
+        Returns:
+            Those of what relevance met: one for each input, one of the output, one of all masses.
+            Then those of the watched values, which may be infinite where values are merely huge.
         """
         # float64 has room for any sum of the others.
-        wide = {"dtype": torch.float64}
-        met = [x.sum(**wide).view(1) for x in (*inputs, self.output) if x.is_floating_point()]
-        watched = self._watched or [met[0].new_zeros(())]
-        return torch.stack(
-            [torch.cat([*self._masses, *met]).sum(**wide), torch.stack(watched).sum(**wide)]
-        )
+        met = [x.sum(dtype=torch.float64) for x in (*inputs, self.output)]
+        return torch.stack([*met, torch.cat(self._masses).sum(dtype=torch.float64), *self._watched])
 
 
 _PLAIN = Layout()  # the batch comes first

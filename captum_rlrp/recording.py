@@ -56,9 +56,15 @@ class Task:
 
     def run(self) -> tuple[Result, Tensor]:
         """The relevance, and the sums that tell whether all was finite (:meth:`Run.sums`)."""
-        run = self.program.forward(dict(self.values))
+        run = self.program.forward(self.values)
         result = run.propagate(*self.begin(run.output), self.batch, self.measure_delta)
-        return result, run.sums([self.values[node] for node in self.explained])
+        return result, run.sums(self.floating)
+
+    @property
+    def floating(self) -> list[Tensor]:
+        """The explained inputs that are floating-point numbers."""
+        values = [self.values[node] for node in self.explained]
+        return [x for x in values if x.is_floating_point()]
 
 
 class Tape(Protocol):
@@ -97,7 +103,7 @@ class Recording:
         self._places = {node: value.clone() for node, value in task.inputs.items()}
         values: dict[Node, Any] = {**task.values, **self._places}
         task = replace(task, values=values)
-        run, self._forward = tape.record(lambda: task.program.forward(dict(task.values)))
+        run, self._forward = tape.record(lambda: task.program.forward(task.values))
         self._output = run.output
         # The start depends on the output: on its shape at least, where the target is a function
         # of it on its values too.
@@ -107,7 +113,7 @@ class Recording:
 
         def back() -> tuple[Result, Tensor]:
             result = run.propagate(self._start, self._column, task.batch, task.measure_delta)
-            return result, run.sums([task.values[node] for node in task.explained])
+            return result, run.sums(task.floating)
 
         (self._result, self._sums), self._back = tape.record(back)
 
