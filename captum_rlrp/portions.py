@@ -18,7 +18,7 @@ from .capture import CapturedGraph, bind
 from .layout import Layout, expression
 
 _ENOUGH = 2**24  # bytes of the largest value, beyond which more samples gain nothing
-_FEWEST = 4  # samples that the weights are worth reading for once more
+_FEWEST = 4  # samples that are worth the calls
 
 
 def _ops(names: str) -> frozenset[str]:
@@ -55,7 +55,7 @@ def find_portion(graph: CapturedGraph, layouts: Mapping[Node, Layout]) -> int | 
     """
     if graph.batch is None:
         return None
-    largest = 1
+    values = [0]  # bytes of each for one sample
     for node in graph.nodes:
         if node.op != "call_function":
             continue
@@ -72,10 +72,12 @@ def find_portion(graph: CapturedGraph, layouts: Mapping[Node, Layout]) -> int | 
             if not apart:
                 return None
             elements = math.prod(int(size.subs(graph.batch, 1)) for size in sizes)
-            largest = max(largest, elements * value.dtype.itemsize)
+            values.append(elements * value.dtype.itemsize)
         else:
             return None
-    return max(_FEWEST, _ENOUGH // largest)
+    weights = sum(node.meta["val"].nbytes for node in graph.parameters)
+    # Every portion reads the weights anew: no more bytes than those of its values.
+    return max(_FEWEST, _ENOUGH // max(1, *values), weights // max(1, sum(values)))
 
 
 def divide(batch: int, portion: int) -> int:

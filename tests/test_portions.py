@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
-from captum_rlrp import LayerRelativeLRP, RelativeLRP, portions
+from captum_rlrp import LayerRelativeLRP, RelativeLRP, engine
 from captum_rlrp.errors import CaptureError
-from captum_rlrp.portions import divide
+from captum_rlrp.portions import divide, find_portion
 from captum_rlrp.program import Run
 from tests.oracle import randomise_norms, relative_error
 from tests.random_graphs import random_graph
@@ -82,8 +82,7 @@ def test_a_mixing_model_is_not_divided(name: str) -> None:
 
 def sizes_of_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Portions of two, and how many samples each run has."""
-    monkeypatch.setattr(portions, "_ENOUGH", 1)
-    monkeypatch.setattr(portions, "_FEWEST", 2)
+    monkeypatch.setattr(engine, "find_portion", lambda *_: find_portion(*_) and 2)
     sizes, propagate = [], Run.propagate
 
     def noted(run: Run, start: Tensor, column: Tensor | None, batch: int, delta: bool) -> Any:
@@ -216,8 +215,15 @@ def test_portions_are_of_about_the_same_size(batch: int, portion: int, size: int
     assert divide(batch, portion) == size
 
 
-def test_small_values_are_not_divided() -> None:
-    x = torch.randn(64, 6)
-    portion = portion_of(Of(torch.relu).eval(), x)
-    assert portion is not None
-    assert portion > 100_000
+def test_how_many_samples() -> None:
+    x = torch.randn(8, 1, 256, 256)
+    image = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten())
+    # The largest value has 2 MiB for each sample.
+    assert portion_of(nn.Sequential(image, nn.Linear(8 * 256 * 256, 1, bias=False)).eval(), x) == 8
+    assert portion_of(nn.Conv2d(1, 128, 3, padding=1).eval(), x) == 4  # 32 MiB
+    # 76 KiB for each sample, the largest value 64, and 208 MiB of weights.
+    wide = nn.Sequential(nn.Linear(256, 16384, bias=False), nn.Linear(16384, 3072, bias=False))
+    row = torch.randn(8, 256)
+    weights = 4 * (256 * 16384 + 16384 * 3072)
+    assert portion_of(wide.eval(), row) == weights // (4 * (16384 + 3072))
+    assert portion_of(Of(torch.relu).eval(), torch.randn(8, 6)) == 2**24 // 24
