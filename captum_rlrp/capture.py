@@ -79,6 +79,7 @@ class CapturedGraph:
         constants: Placeholder → tensor that the forward itself created.
         output: The node whose value the model returns.
         batch: Symbol of the batch size, or None if the capture holds for one batch size only.
+        guards: What the batch size must satisfy, where forward asked for it (``if len(x) > 4``).
     """
 
     nodes: tuple[Node, ...]
@@ -87,7 +88,15 @@ class CapturedGraph:
     constants: dict[Node, Tensor]
     output: Node
     batch: sympy.Symbol | None
+    guards: tuple[sympy.Basic, ...]
     graph: Graph = field(repr=False)
+
+    def admits(self, batch_size: int) -> bool:
+        """Whether forward takes the way that was captured for a batch of this size."""
+        return all(
+            guard.subs(dict.fromkeys(guard.free_symbols, batch_size)) == sympy.true
+            for guard in self.guards
+        )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -364,13 +373,15 @@ def _normalise(program: Any, model: nn.Module) -> CapturedGraph:
 
     output = _only_tensor(graph, program, model)
     nodes = tuple(_reachable(graph, output))
+    size = _batch_size(inputs)
     return CapturedGraph(
         nodes=nodes,
         inputs=tuple(inputs),
         parameters={n: name for n, name in parameters.items() if n in set(nodes)},
         constants={n: value for n, value in constants.items() if n in set(nodes)},
         output=output,
-        batch=_batch_symbol(inputs),
+        batch=None if size is None else size.node.expr,
+        guards=() if size is None else _guards_on(size),
         graph=graph,
     )
 
@@ -417,15 +428,19 @@ def _reachable(graph: Graph, output: Node) -> Iterator[Node]:
     return (node for node in graph.nodes if node in seen)
 
 
-def _batch_symbol(inputs: Sequence[Node]) -> sympy.Symbol | None:
+def _batch_size(inputs: Sequence[Node]) -> Any:
+    """The symbolic size of the batch; None where it is a number."""
     for node in inputs:
         value = node.meta.get("val")
         if isinstance(value, Tensor) and value.dim():
-            size = value.shape[0]
-            expression = getattr(getattr(size, "node", None), "expr", None)
-            if isinstance(expression, sympy.Symbol):
-                return expression
+            size: Any = value.shape[0]
+            if isinstance(getattr(getattr(size, "node", None), "expr", None), sympy.Symbol):
+                return size
     return None
+
+
+def _guards_on(size: Any) -> tuple[sympy.Basic, ...]:
+    return tuple(guard.expr for guard in size.node.shape_env.get_pruned_guards([size]))
 
 
 def _inline_subgraphs(graph: Graph, module: Any) -> None:

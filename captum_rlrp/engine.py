@@ -6,15 +6,17 @@ Knows neither Captum nor targets; :mod:`captum_rlrp.attribution` adds those.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, ItemsView, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import sympy
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
@@ -160,7 +162,12 @@ class Engine:
         for first in range(0, batch, size):
             rows = slice(first, min(first + size, batch))
             some = args if size >= batch else _take(args, rows, batch)
-            parts.append(self._run(captured, parameters, some, rows, start, measure_delta))
+            if size < batch and captured.program.graph.guards:  # forward may take another way
+                begin = functools.partial(_start_within, start, rows.start)
+                few, rest = some[: len(inputs)], some[len(inputs) :]
+                parts.append(self.explain(few, rest, begin, wanted, key, measure_delta))
+            else:
+                parts.append(self._run(captured, parameters, some, rows, start, measure_delta))
         if len(parts) == 1:
             return parts[0]
         relevance = [
@@ -191,15 +198,20 @@ class Engine:
         key: Hashable,
     ) -> tuple[Captured, dict[Node, Tensor]]:
         """The program and the model's parameters."""
-        signature = (key, explained, _signature(args, batch))
+        signature: Hashable = (key, explained, _signature(args, batch))
         with self._lock:
             found = self._cache.get(signature)
+            if found is not None and not found.program.graph.admits(batch):
+                signature = (signature, batch)
+                found = self._cache.get(signature)
             if found is not None:
                 self._cache.move_to_end(signature)
         parameters = found.bind(self.model) if found is not None else None
         if found is not None and parameters is not None:
             return found, parameters
         made = self._capture(args, explained, batch, wanted)
+        if not made.program.graph.admits(batch):
+            signature = (signature, batch)
         with self._lock:
             self._cache[signature] = made
             while len(self._cache) > _CACHED_PROGRAMS:
@@ -222,6 +234,8 @@ class Engine:
             graph = self._capture_single(args, batch, error)
         if graph.batch is None:
             graph = self._capture_single(args, batch, None)
+        elif not graph.admits(batch):  # traced with two samples, where forward takes another way
+            graph = replace(capture(self.model, args, None, self._layers()), guards=(sympy.false,))
         nodes = graph.inputs[:explained]
         taps = wanted(graph, nodes) if wanted else list(nodes)
         made = plan(graph, nodes, taps)
@@ -331,6 +345,11 @@ class Engine:
                 "Relevance overflowed although every value of the model is finite: the weights are "
                 "too large for this dtype. Use float64 (model.double(), inputs.double())."
             )
+
+
+def _start_within(start: StartFunction, first: int, output: Tensor, rows: slice) -> Start:
+    """The start for some of the rows from `first` on."""
+    return start(output, slice(first + rows.start, first + rows.stop))
 
 
 def _no_autocast(args: Sequence[Any]) -> Any:

@@ -53,7 +53,7 @@ def find_portion(graph: CapturedGraph, layouts: Mapping[Node, Layout]) -> int | 
     Returns:
         The number, or None where all must go through at once.
     """
-    if graph.batch is None:
+    if graph.batch is None or graph.guards:
         return None
     values = [0]  # bytes of each for one sample
     for node in graph.nodes:

@@ -227,3 +227,35 @@ def test_how_many_samples() -> None:
     weights = 4 * (256 * 16384 + 16384 * 3072)
     assert portion_of(wide.eval(), row) == weights // (4 * (16384 + 3072))
     assert portion_of(Of(torch.relu).eval(), torch.randn(8, 6)) == 2**24 // 24
+
+
+class Branching(nn.Module):
+    """Takes another way for few samples, as a forward may."""
+
+    def __init__(self, asks: Callable[[int], bool]) -> None:
+        super().__init__()
+        self.asks = asks
+        self.many, self.few = nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.many(x) if self.asks(x.shape[0]) else self.few(x)
+        return y
+
+
+@pytest.mark.parametrize("asks", [lambda n: n > 4, lambda n: n % 2 == 0], ids=["many", "even"])
+@pytest.mark.parametrize("order", [(8, 3, 6, 1), (1, 6, 8, 3), (3, 8, 1, 6)])
+def test_a_forward_that_asks_how_many(asks: Callable[[int], bool], order: tuple[int, ...]) -> None:
+    torch.manual_seed(4)
+    model = Branching(asks).eval()
+    rlrp = RelativeLRP(model)
+    for batch in order * 2:
+        x = torch.randn(batch, 6)
+        taken = model.many if asks(batch) else model.few
+        expected = RelativeLRP(taken).attribute(x, 1)
+        torch.testing.assert_close(rlrp.attribute(x, 1), expected)
+    x = torch.randn(9, 6)
+    parts = rlrp.attribute(x, 1, internal_batch_size=6)
+    first, last = (model.many if asks(n) else model.few for n in (6, 3))
+    torch.testing.assert_close(parts[:6], RelativeLRP(first).attribute(x[:6], 1))
+    torch.testing.assert_close(parts[6:], RelativeLRP(last).attribute(x[6:], 1))
+    assert rlrp._engine.captured((x,), 1, 9).portion is None
