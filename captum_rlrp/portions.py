@@ -17,7 +17,7 @@ from torch.fx import Node
 from .capture import CapturedGraph, bind
 from .layout import Layout, expression
 
-_ENOUGH = 2**24  # bytes of the largest value, beyond which more samples gain nothing
+_ENOUGH = 2**25  # bytes: larger values, glibc takes from the system anew each time
 _FEWEST = 4  # samples that are worth the calls
 
 

@@ -219,14 +219,14 @@ def test_how_many_samples() -> None:
     x = torch.randn(8, 1, 256, 256)
     image = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten())
     # The largest value has 2 MiB for each sample.
-    assert portion_of(nn.Sequential(image, nn.Linear(8 * 256 * 256, 1, bias=False)).eval(), x) == 8
+    assert portion_of(nn.Sequential(image, nn.Linear(8 * 256 * 256, 1, bias=False)).eval(), x) == 16
     assert portion_of(nn.Conv2d(1, 128, 3, padding=1).eval(), x) == 4  # 32 MiB
     # 76 KiB for each sample, the largest value 64, and 208 MiB of weights.
     wide = nn.Sequential(nn.Linear(256, 16384, bias=False), nn.Linear(16384, 3072, bias=False))
     row = torch.randn(8, 256)
     weights = 4 * (256 * 16384 + 16384 * 3072)
     assert portion_of(wide.eval(), row) == weights // (4 * (16384 + 3072))
-    assert portion_of(Of(torch.relu).eval(), torch.randn(8, 6)) == 2**24 // 24
+    assert portion_of(Of(torch.relu).eval(), torch.randn(8, 6)) == 2**25 // 24
 
 
 class Branching(nn.Module):
