@@ -153,11 +153,11 @@ class Engine:
         args = (*inputs, *additional)
         batch = len(inputs[0])
         captured, parameters = self._bound(args, len(inputs), batch, wanted, key)
-        size = internal_batch_size or batch
+        size, portion = internal_batch_size or batch, captured.portion or batch
         if captured.per_sample:
             size = 1
-        elif internal_batch_size is None and captured.portion and not _carry(additional, batch):
-            size = divide(batch, captured.portion)
+        elif internal_batch_size is None and portion < batch and not _carry(additional, batch):
+            size = divide(batch, portion)
         parts = []
         for first in range(0, batch, size):
             rows = slice(first, min(first + size, batch))
@@ -210,8 +210,6 @@ class Engine:
         if found is not None and parameters is not None:
             return found, parameters
         made = self._capture(args, explained, batch, wanted)
-        if not made.program.graph.admits(batch):
-            signature = (signature, batch)
         with self._lock:
             self._cache[signature] = made
             while len(self._cache) > _CACHED_PROGRAMS:
@@ -235,7 +233,8 @@ class Engine:
         if graph.batch is None:
             graph = self._capture_single(args, batch, None)
         elif not graph.admits(batch):  # traced with two samples, where forward takes another way
-            graph = replace(capture(self.model, args, None, self._layers()), guards=(sympy.false,))
+            only_one = sympy.Eq(sympy.Symbol("batch"), batch)
+            graph = replace(capture(self.model, args, None, self._layers()), guards=(only_one,))
         nodes = graph.inputs[:explained]
         taps = wanted(graph, nodes) if wanted else list(nodes)
         made = plan(graph, nodes, taps)

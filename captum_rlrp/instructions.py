@@ -17,6 +17,7 @@ from torch.fx import Node
 from .kernels import onednn, winograd
 from .kernels.reference import accumulation_dtype
 from .kernels.winograd import Filters
+from .portions import LARGE
 from .rules import Call, Part, Relevance
 from .rules.convolution import Convolution, part_read
 from .rules.normalization import batch_norm_scale, per_channel
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-_LARGE = 2**25  # bytes: more than that, glibc takes from the system anew each time
 _LARGE_WEIGHT = 2**18  # elements
 
 # Activations with |act(z)| ≤ |z|.
@@ -339,12 +339,12 @@ class FoldedConvolution(Convolution):
         filters = made.winograd(run, r.values)
         if filters is not None and v.is_contiguous(memory_format=torch.channels_last):
             return winograd.product(v, r.values, filters, r.factor)
-        if v.nbytes <= _LARGE or v.device.type != "cpu" or made.window is None:
+        if v.nbytes <= LARGE or v.device.type != "cpu" or made.window is None:
             return None
         r_values, weight = self._unscaled(run, r.values)
         groups = made.conv.args["groups"]
         factor = r.mass.new_ones(len(v)) if r.factor is None else r.factor
-        count = max(1, _LARGE // v[0].nbytes)
+        count = max(1, LARGE // v[0].nbytes)
         masses = []
         for x, g, f in zip(*(t.split(count) for t in (v, r_values, factor)), strict=True):
             g = run.kernels.conv(g, weight, x.shape, *made.window, groups=groups)

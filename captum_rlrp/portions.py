@@ -17,7 +17,7 @@ from torch.fx import Node
 from .capture import CapturedGraph, bind
 from .layout import Layout, expression
 
-_ENOUGH = 2**25  # bytes: larger values, glibc takes from the system anew each time
+LARGE = 2**25  # bytes: more than that, glibc takes from the system anew each time
 _FEWEST = 4  # samples that are worth the calls
 
 
@@ -77,7 +77,7 @@ def find_portion(graph: CapturedGraph, layouts: Mapping[Node, Layout]) -> int | 
             return None
     weights = sum(node.meta["val"].nbytes for node in graph.parameters)
     # Every portion reads the weights anew: no more bytes than those of its values.
-    return max(_FEWEST, _ENOUGH // max(1, *values), weights // max(1, sum(values)))
+    return max(_FEWEST, LARGE // max(1, *values), weights // max(1, sum(values)))
 
 
 def divide(batch: int, portion: int) -> int:

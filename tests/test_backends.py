@@ -193,14 +193,14 @@ class DilatedBlock(nn.Module):
 
 
 # From which size on images go a few at a time.
-LARGE = pytest.mark.parametrize("large", [instructions._LARGE, 4000])
+LARGE = pytest.mark.parametrize("large", [instructions.LARGE, 4000])
 
 
 @LARGE
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("channels", [1, 3, 6])
 def test_signals(batch: int, channels: int, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(instructions, "_LARGE", large)
+    monkeypatch.setattr(instructions, "LARGE", large)
     if large == 4000:
         monkeypatch.setattr(instructions, "_LARGE_WEIGHT", 1)
     torch.manual_seed(0)
@@ -241,7 +241,7 @@ class Positive(nn.Module):
 @pytest.mark.parametrize("batch", [1, 2, 40])
 def test_batch_norms_of_every_kind(batch: int, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Folded together where they are alike: given or computed, with and without scale and bias."""
-    monkeypatch.setattr(instructions, "_LARGE", large)
+    monkeypatch.setattr(instructions, "LARGE", large)
     torch.manual_seed(0)
     model = nn.Sequential(
         *(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),

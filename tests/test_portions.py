@@ -244,15 +244,23 @@ class Branching(nn.Module):
 
 @pytest.mark.parametrize("asks", [lambda n: n > 4, lambda n: n % 2 == 0], ids=["many", "even"])
 @pytest.mark.parametrize("order", [(8, 3, 6, 1), (1, 6, 8, 3), (3, 8, 1, 6)])
-def test_a_forward_that_asks_how_many(asks: Callable[[int], bool], order: tuple[int, ...]) -> None:
+def test_a_forward_that_asks_how_many(
+    asks: Callable[[int], bool], order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(4)
     model = Branching(asks).eval()
     rlrp = RelativeLRP(model)
+    captures = []
+    capture = rlrp._engine._capture
+    monkeypatch.setattr(rlrp._engine, "_capture", lambda *a: captures.append(a) or capture(*a))
+    counts = []
     for batch in order * 2:
         x = torch.randn(batch, 6)
         taken = model.many if asks(batch) else model.few
         expected = RelativeLRP(taken).attribute(x, 1)
         torch.testing.assert_close(rlrp.attribute(x, 1), expected)
+        counts.append(len(captures))
+    assert counts[-1] == counts[len(order) - 1], "captured again for the same number"
     x = torch.randn(9, 6)
     parts = rlrp.attribute(x, 1, internal_batch_size=6)
     first, last = (model.many if asks(n) else model.few for n in (6, 3))
