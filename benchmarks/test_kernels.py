@@ -261,7 +261,7 @@ def test_winograd(benchmark, direction, layer):
     g = make((batch, out, side, side), torch.float32, torch.channels_last)
     weight = make((out, channels, 3, 3), torch.float32, torch.channels_last)
     bias = torch.zeros(out)
-    filters = winograd.Filters(weight.contiguous(), None, bias, [1, 1])
+    filters = winograd.Filters(weight.contiguous(), None, bias, [1, 1], [1, 1])
     fused = ([1, 1], [1, 1], [1, 1], 1, "relu", [], "")
     sides = {
         "forward": (

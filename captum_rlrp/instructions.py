@@ -99,8 +99,8 @@ class FusedConvolution:
         scale, shift = None, run.value(self.conv.args["bias"])
         if self.norm is not None:
             scale, shift = (v.to(weight.dtype) for v in run.scratch[self.norm.node])
-        _, padding, _ = self.window
-        return Filters(weight, scale, shift, padding)
+        stride, padding, _ = self.window
+        return Filters(weight, scale, shift, stride, padding)
 
     def __call__(self, run: Run) -> Tensor:
         x: Tensor = run.value(self.conv.args["input"])
@@ -323,7 +323,7 @@ class FoldedConvolution(Convolution):
         made = self.instruction
         filters = made.winograd(run, g)
         if filters is not None:
-            return winograd.transpose(g, filters)
+            return winograd.transpose(g, filters, run.like(made.conv.args["input"]).shape[2:])
         g, weight = self._unscaled(run, g)
         if made.window is None:
             return self._transpose(run, call, g, weight)
@@ -337,7 +337,7 @@ class FoldedConvolution(Convolution):
         if v.dtype != r.values.dtype:
             return None
         filters = made.winograd(run, r.values)
-        if filters is not None and v.is_contiguous(memory_format=torch.channels_last):
+        if filters is not None and winograd.overwrites(v):
             return winograd.product(v, r.values, filters, r.factor)
         if v.nbytes <= LARGE or v.device.type != "cpu" or made.window is None:
             return None

@@ -32,10 +32,12 @@ STABLE_TORCH_LIBRARY(captum_rlrp, m) {
       "conv_few(Tensor g, Tensor weight, int[] input_shape, int[] stride, int[] padding, "
       "int[] dilation) -> Tensor");
   m.def(
-      "conv_3x3(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? other, int[] padding, "
-      "bool relu) -> (Tensor, Tensor)");
-  m.def("conv_3x3_transpose(Tensor g, Tensor weight, Tensor? scale, int[] padding) -> Tensor");
+      "winograd(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? other, int[] stride, "
+      "int[] padding, bool relu) -> (Tensor, Tensor)");
   m.def(
-      "conv_3x3_product_(Tensor(a!) x, Tensor g, Tensor weight, Tensor? scale, Tensor? factor, "
+      "winograd_transpose(Tensor g, Tensor weight, Tensor? scale, int[] size, int[] stride, "
       "int[] padding) -> Tensor");
+  m.def(
+      "winograd_product_(Tensor(a!) x, Tensor g, Tensor weight, Tensor? scale, Tensor? factor, "
+      "int[] stride, int[] padding) -> Tensor");
 }

@@ -171,14 +171,62 @@ def test_winograd_convolutions_in_a_model(
         assert distance(found, expected) < TOLERANCE[torch.float32]
 
 
+class Lines(nn.Module):
+    """The same along one axis: of signals, with a stride, and of images as Inception has them."""
+
+    def __init__(self, activation: nn.Module, padding: int) -> None:
+        super().__init__()
+        self.activation = activation
+        self.first = nn.Conv1d(32, 64, 7, stride=2, padding=padding, bias=False)
+        self.norm = nn.BatchNorm1d(64)
+        self.second = nn.Conv1d(64, 64, 5, padding=2)
+        self.third = nn.Conv1d(64, 32, 4, stride=2, padding=padding)
+        self.down = nn.Conv2d(32, 64, (7, 1), padding=(3, 0))
+        self.along = nn.Conv2d(64, 32, (1, 3), stride=(1, 2), padding=(0, 1))
+        nn.init.uniform_(self.norm.running_var, 0.5, 2.0)
+        nn.init.uniform_(self.norm.weight, -1.5, 1.5)
+        nn.init.uniform_(self.norm.bias, -0.2, 0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.activation(self.norm(self.first(x)))
+        x = torch.relu(x + self.second(x))
+        x = self.activation(self.third(x))
+        x = x[:, :, :12].unflatten(2, (3, 4))
+        return self.along(self.activation(self.down(x))).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    "activation", [nn.ReLU(), nn.SiLU(), nn.LeakyReLU(), nn.Identity()], ids=str
+)
+@pytest.mark.parametrize("padding", [3, 0])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_winograd_convolutions_along_one_axis_in_a_model(
+    activation: nn.Module, padding: int, batch: int
+) -> None:
+    torch.manual_seed(3)
+    model = Lines(activation, padding).eval()
+    x = torch.randn(batch, 32, 71)
+    method = RelativeLRP(model, backend="compiled")
+    actual, delta = method.attribute(x, target=5, return_convergence_delta=True)
+    found = LayerRelativeLRP(model, model.second, backend="compiled").attribute(x, target=5)
+    model, wide = model.double(), x.double()
+    expected = RelativeLRP(model, backend="reference").attribute(wide, target=5)
+    assert distance(actual, expected) < TOLERANCE[torch.float32]
+    assert delta.max() < 1e-4
+    expected = LayerRelativeLRP(model, model.second, backend="reference").attribute(wide, target=5)
+    assert distance(found, expected) < TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), -1e37])
-def test_winograd_convolutions_hide_nothing(value: float) -> None:
-    model = nn.Sequential(nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Conv2d(32, 2, 3), nn.Flatten())
+@pytest.mark.parametrize("conv", [nn.Conv1d, nn.Conv2d], ids=["signals", "images"])
+def test_winograd_convolutions_hide_nothing(value: float, conv: type[nn.Conv1d]) -> None:
+    model = nn.Sequential(conv(32, 32, 3), nn.ReLU(), conv(32, 2, 3), nn.Flatten())
     with torch.no_grad():
         model[0].weight[3] = value
         model[2].weight[:, 3] = 0
+    size = (10,) if conv is nn.Conv1d else (10, 10)
     with pytest.raises(NonFiniteError):
-        RelativeLRP(model.eval()).attribute(torch.ones(4, 32, 10, 10), target=0)
+        RelativeLRP(model.eval()).attribute(torch.ones(4, 32, *size), target=0)
 
 
 class DilatedBlock(nn.Module):

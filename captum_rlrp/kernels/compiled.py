@@ -245,7 +245,8 @@ def conv(
                 result: Tensor = ops.conv_few.default(g, weight, list(input_shape), *window)
                 return result
         elif winograd.covers(g, weight, window[0], window[1], window[2], groups):
-            return winograd.transpose(g, winograd.Filters(weight, None, None, window[1]))
+            filters = winograd.Filters(weight, None, None, window[0], window[1])
+            return winograd.transpose(g, filters, input_shape[2:])
         elif onednn.covers(g, weight) and onednn.is_product(
             g, weight, window[0], window[1], groups
         ):
@@ -308,16 +309,24 @@ def _channels_last(model: Tensor, shape: Sequence[int]) -> Tensor:
     )
 
 
-def _fake_conv_3x3(
-    x: Tensor, weight: Tensor, _scale: Any, _bias: Any, _other: Any, padding: list[int], _relu: bool
+def _fake_winograd(
+    x: Tensor,
+    weight: Tensor,
+    _scale: Any,
+    _bias: Any,
+    _other: Any,
+    stride: list[int],
+    padding: list[int],
+    _relu: bool,
 ) -> tuple[Tensor, Tensor]:
-    size = [s + 2 * p - 2 for s, p in zip(x.shape[2:], padding, strict=True)]
-    y = _channels_last(x, (len(x), len(weight), *size))
-    return y, x.new_empty(len(weight))
+    axes = zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True)
+    size = [(n + 2 * p - k) // s + 1 for n, k, s, p in axes]
+    return _channels_last(x, (len(x), len(weight), *size)), x.new_empty(len(weight))
 
 
-def _fake_conv_3x3_transpose(g: Tensor, weight: Tensor, _scale: Any, padding: list[int]) -> Tensor:
-    size = [s + 2 - 2 * p for s, p in zip(g.shape[2:], padding, strict=True)]
+def _fake_winograd_transpose(
+    g: Tensor, weight: Tensor, _scale: Any, size: list[int], *_: Any
+) -> Tensor:
     return _channels_last(g, (len(g), weight.shape[1], *size))
 
 
@@ -339,9 +348,9 @@ def _register_fakes() -> None:
     fake("captum_rlrp::adaptive_max_unpool")(lambda r, winners, shape: _image(r, shape))
     fake("captum_rlrp::avg_pool")(lambda r, shape, *_: _image(r, shape))
     fake("captum_rlrp::conv_few")(lambda g, weight, shape, *_: _channels_last(g, shape))
-    fake("captum_rlrp::conv_3x3")(_fake_conv_3x3)
-    fake("captum_rlrp::conv_3x3_transpose")(_fake_conv_3x3_transpose)
-    fake("captum_rlrp::conv_3x3_product_")(lambda x, *_: _masses(x))
+    fake("captum_rlrp::winograd")(_fake_winograd)
+    fake("captum_rlrp::winograd_transpose")(_fake_winograd_transpose)
+    fake("captum_rlrp::winograd_product_")(lambda x, *_: _masses(x))
     fake("captum_rlrp::adaptive_avg_pool")(lambda r, shape: _image(r, shape))
 
 

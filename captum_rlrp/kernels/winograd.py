@@ -1,4 +1,4 @@
-"""3×3 convolutions of stride 1 by Winograd's algorithm: fewer than half of the multiplications.
+"""Convolutions by Winograd's algorithm, 3×3 or along one axis, in fewer multiplications.
 
 float32 on the CPU, channels in multiples of 32; :func:`covers` tells.
 """
@@ -16,27 +16,38 @@ from captum_rlrp.kernels.extension import ops
 from captum_rlrp.kernels.onednn import Operand
 
 _MULTIPLE = 32  # of which numbers of channels must be
-# Patches of 2×2 outputs, up to which transforming the filters takes longer than is gained.
+# Patches of 2×2 outputs, up to which transforming filters of 3×3 takes longer than is gained.
 _FEW_PATCHES = 24
+_TAPS = range(3, 33)  # along one axis
+_MOST_STRIDE = 2  # beyond which its input gradient falls apart into too many convolutions
 
 # Without wide vectors nobody measured it.
 _IS_FAST = extension.available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 class Filters(NamedTuple):
-    """Filters, and what follows them.
+    """Filters of an image or a signal, and what follows them.
 
     Attributes:
-        weight: ``(K, C, 3, 3)``.
+        weight: ``(K, C, 3, 3)``, ``(K, C, 1, k)``, ``(K, C, k, 1)`` or ``(K, C, k)``.
         scale: What each filter's result is multiplied by; None means 1.
         shift: What is added to it then; None means 0.
-        padding: Implicit zeros around the image, one number for each axis.
+        stride: One number for each axis.
+        padding: Implicit zeros around the image, likewise.
     """
 
     weight: Tensor
     scale: Tensor | None
     shift: Tensor | None
+    stride: Sequence[int]
     padding: Sequence[int]
+
+    def as_image(self) -> Filters:
+        """The same for images of one row, if it is of signals."""
+        if self.weight.dim() == 4:
+            return self
+        weight, stride, padding = self.weight.unsqueeze(2), [1, *self.stride], [0, *self.padding]
+        return self._replace(weight=weight, stride=stride, padding=padding)
 
 
 def covers(
@@ -50,17 +61,35 @@ def covers(
     """Whether it convolves the two, or their gradient, and faster than oneDNN does."""
     return (
         _IS_FAST
-        and weight.shape[2:] == (3, 3)
         and groups == 1
-        and max(*stride, *dilation) == 1
-        and max(padding) <= 2
+        and max(dilation) == 1
         and weight.shape[0] % _MULTIPLE == weight.shape[1] % _MULTIPLE == 0
         and weight.numel() > 0
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and len(x.shape) == 4
-        and x.shape[0] * (x.shape[2] // 2) * (x.shape[3] // 2) > _FEW_PATCHES
+        and len(x.shape) == weight.dim()
+        and all(p < k for p, k in zip(padding, weight.shape[2:], strict=True))
+        and (_is_line(weight, stride) or (_is_square(weight, stride) and _has_patches(x)))
     )
+
+
+def _is_square(weight: Tensor, stride: Sequence[int]) -> bool:
+    return weight.shape[2:] == (3, 3) and max(stride) == 1
+
+
+def _is_line(weight: Tensor, stride: Sequence[int]) -> bool:
+    """Of some taps along one axis, and none of them in vain."""
+    *others, taps = sorted(weight.shape[2:])
+    return (
+        len(others) <= 1
+        and all(size == 1 for size in others)
+        and taps in _TAPS
+        and all(s <= min(k, _MOST_STRIDE) for s, k in zip(stride, weight.shape[2:], strict=True))
+    )
+
+
+def _has_patches(x: Operand) -> bool:
+    return x.shape[0] * (x.shape[2] // 2) * (x.shape[3] // 2) > _FEW_PATCHES
 
 
 def convolution(
@@ -69,25 +98,40 @@ def convolution(
     """``scale · (weight ∗ x) + shift + other``, and each filter's ``scale · Σ |weight|``.
 
     Args:
-        x: Input, ``(N, C, H, W)``.
+        x: Input, ``(N, C, H, W)`` or ``(N, C, L)``.
         filters: What it is convolved with.
         other: A summand.
         relu: Whether negative results become 0.
     """
-    weight, scale, shift, padding = filters
-    y, mass = ops.conv_3x3.default(x, weight, scale, shift, other, padding, relu)
-    return y, mass
+    weight, scale, shift, stride, padding = filters.as_image()
+    image = _as_image(x)
+    other = None if other is None else _as_image(other)
+    y, mass = ops.winograd.default(image, weight, scale, shift, other, stride, padding, relu)
+    return y if x.dim() == 4 else y.squeeze(2), mass
 
 
-def transpose(g: Tensor, filters: Filters) -> Tensor:
-    """The transpose of ``x ↦ scale · (weight ∗ x)``: the input gradient."""
-    weight, scale, _, padding = filters
-    result: Tensor = ops.conv_3x3_transpose.default(g, weight, scale, padding)
-    return result
+def transpose(g: Tensor, filters: Filters, size: Sequence[int]) -> Tensor:
+    """The transpose of ``x ↦ scale · (weight ∗ x)``: the input gradient, of that spatial size."""
+    weight, scale, _, stride, padding = filters.as_image()
+    size = [*size] if g.dim() == 4 else [1, *size]
+    result = ops.winograd_transpose.default(_as_image(g), weight, scale, size, stride, padding)
+    return result if g.dim() == 4 else result.squeeze(2)
+
+
+def overwrites(x: Tensor) -> bool:
+    """Whether :func:`product` may write over x: it has to be channels_last."""
+    return _as_image(x).is_contiguous(memory_format=torch.channels_last)
 
 
 def product(x: Tensor, g: Tensor, filters: Filters, factor: Tensor | None) -> Tensor:
-    """Writes ``q = factor · x ⊙ transpose(g)`` over x, in channels_last; returns q's mass."""
-    weight, scale, _, padding = filters
-    mass: Tensor = ops.conv_3x3_product_.default(x, g, weight, scale, factor, padding)
+    """Writes ``q = factor · x ⊙ transpose(g)`` over x; returns q's mass."""
+    weight, scale, _, stride, padding = filters.as_image()
+    mass: Tensor = ops.winograd_product_.default(
+        _as_image(x), _as_image(g), weight, scale, factor, stride, padding
+    )
     return mass
+
+
+def _as_image(signal: Tensor) -> Tensor:
+    """A signal as an image of one row, in the same memory."""
+    return signal.unsqueeze(2) if signal.dim() == 3 else signal

@@ -18,20 +18,15 @@ constexpr int kTile = 4;    // inputs at a time
 constexpr int kVector = 8;  // filters in a vector
 constexpr int64_t kGrain = 1 << 20;  // multiplications that make a task worth its while
 
-template <int kLanes>
-struct Lanes {
-  typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
-};
-using Vector = Lanes<kVector>::Vector;
-typedef float Unaligned __attribute__((vector_size(kVector * sizeof(float)), aligned(4)));
+using Vector = simd::Vector<kVector>;
 
 // The sum of a vector's elements, half by half.
 template <int kLanes>
-RLRP_INLINE inline float total(const typename Lanes<kLanes>::Vector& v) {
+RLRP_INLINE inline float total(const simd::Vector<kLanes>& v) {
   if constexpr (kLanes == 2) {
     return v[0] + v[1];
   } else {
-    const auto halves = std::bit_cast<std::array<typename Lanes<kLanes / 2>::Vector, 2>>(v);
+    const auto halves = std::bit_cast<std::array<simd::Vector<kLanes / 2>, 2>>(v);
     return total<kLanes / 2>(halves[0] + halves[1]);
   }
 }
@@ -72,11 +67,11 @@ RLRP_INLINE inline void tile(const Few& f, const std::vector<Tap>& taps, const f
       Vector factor[kChannels];
 #pragma GCC unroll 4
       for (int c = 0; c < kChannels; ++c) {
-        factor[c] = *reinterpret_cast<const Unaligned*>(tap.weight + c * f.filters + k);
+        factor[c] = simd::load<kVector>(tap.weight + c * f.filters + k);
       }
 #pragma GCC unroll 8
       for (int t = 0; t < kTile; ++t) {
-        const Vector value = *reinterpret_cast<const Unaligned*>(from[t] + k);
+        const Vector value = simd::load<kVector>(from[t] + k);
 #pragma GCC unroll 4
         for (int c = 0; c < kChannels; ++c) sum[t][c] += value * factor[c];
       }

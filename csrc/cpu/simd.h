@@ -61,5 +61,29 @@ void run(const F& f) {
   run_wide([&](auto) RLRP_INLINE { f(); });
 }
 
+// A vector of floats; of as many as run_wide says, one register.
+template <int kLanes>
+struct Lanes {
+  typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
+  typedef float Unaligned __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
+};
+template <int kLanes>
+using Vector = typename Lanes<kLanes>::Vector;
+
+template <int kLanes>
+RLRP_INLINE inline Vector<kLanes> load(const float* from) {
+  return *reinterpret_cast<const typename Lanes<kLanes>::Unaligned*>(from);
+}
+
+template <int kLanes>
+RLRP_INLINE inline void store(float* to, Vector<kLanes> value) {
+  *reinterpret_cast<typename Lanes<kLanes>::Unaligned*>(to) = value;
+}
+
+template <class V>
+RLRP_INLINE inline V magnitude(const V& v) {
+  return v < 0 ? -v : v;
+}
+
 }  // namespace simd
 }  // namespace rlrp

@@ -1,4 +1,4 @@
-"""3×3 convolutions by Winograd's algorithm: against PyTorch's convolution in float64."""
+"""Convolutions by Winograd's algorithm: against PyTorch's convolution in float64."""
 
 from __future__ import annotations
 
@@ -13,80 +13,118 @@ from .common import agree, exact, needs_extension, rand
 
 pytestmark = needs_extension
 
-# batch, input channels, filters, size, padding
+SQUARE = (3, 3)
+# batch, input channels, filters, size, taps, stride, padding
 CASES = [
-    (2, 32, 32, (6, 8), (1, 1)),
-    (1, 32, 64, (7, 5), (1, 1)),  # the last outputs in half a patch
-    (3, 64, 32, (9, 4), (0, 2)),
-    (1, 96, 32, (3, 3), (0, 0)),  # a single output
-    (5, 32, 32, (1, 1), (1, 1)),
-    (2, 32, 96, (1, 9), (2, 1)),
-    (2, 32, 32, (15, 17), (2, 2)),  # several blocks of patches, one over two images
-    (1, 512, 256, (4, 6), (1, 1)),  # filters in several goes, either way
-    (1, 1024, 96, (5, 3), (1, 1)),
-    (0, 32, 32, (4, 4), (1, 1)),
+    (2, 32, 32, (6, 8), SQUARE, (1, 1), (1, 1)),
+    (1, 32, 64, (7, 5), SQUARE, (1, 1), (1, 1)),  # the last outputs in half a patch
+    (3, 64, 32, (9, 4), SQUARE, (1, 1), (0, 2)),
+    (1, 96, 32, (3, 3), SQUARE, (1, 1), (0, 0)),  # a single output
+    (5, 32, 32, (1, 1), SQUARE, (1, 1), (1, 1)),
+    (2, 32, 96, (1, 9), SQUARE, (1, 1), (2, 1)),
+    (2, 32, 32, (15, 17), SQUARE, (1, 1), (2, 2)),  # several blocks, one over two images
+    (1, 512, 256, (4, 6), SQUARE, (1, 1), (1, 1)),  # filters in several goes, either way
+    (1, 1024, 96, (5, 3), SQUARE, (1, 1), (1, 1)),
+    (0, 32, 32, (4, 4), SQUARE, (1, 1), (1, 1)),
+    (2, 32, 64, (5, 13), (1, 3), (1, 1), (0, 1)),  # taps along one axis: in threes,
+    (2, 64, 32, (12, 5), (4, 1), (1, 1), (3, 0)),  # with one left over,
+    (1, 32, 32, (6, 11), (1, 5), (1, 1), (0, 2)),  # with two
+    (1, 32, 32, (3, 9), (1, 2), (1, 1), (0, 0)),
+    (3, 32, 96, (101, 1), (7, 1), (1, 1), (6, 0)),  # several blocks
+    (1, 256, 224, (3, 64), (1, 16), (1, 1), (0, 5)),  # filters in several goes
+    (1, 32, 32, (1, 64), (1, 64), (1, 1), (0, 0)),  # a single output
+    (0, 32, 32, (1, 20), (1, 7), (1, 2), (0, 3)),
+    # Every phase at each end.
+    *((1, 32, 64, (2, 20 + n), (1, 7), (1, 2), (0, n)) for n in range(4)),
+    *((2, 64, 32, (20 + n, 3), (5, 1), (3, 1), (n, 0)) for n in range(4)),
+    (1, 32, 32, (1, 14), (1, 3), (1, 3), (0, 0)),  # inputs that nothing reads
+    (2, 32, 32, (30,), (7,), (1,), (3,)),  # signals
+    (2, 32, 64, (31,), (6,), (2,), (2,)),
+    (1, 64, 32, (3,), (3,), (2,), (0,)),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_layout = pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 
 
 def make(case, layout):
-    """An image, filters, a number for each of those and the padding."""
-    n, channels, count, size, padding = case
+    """An image or a signal, and filters with a number for each."""
+    n, channels, count, size, taps, stride, padding = case
     x = rand(n, channels, *size, dtype=torch.float32, layout=layout)
-    weight = rand(count, channels, 3, 3, dtype=torch.float32, layout=layout)
-    return x, weight, torch.rand(count) + 0.5, list(padding)
+    weight = rand(count, channels, *taps, dtype=torch.float32, layout=layout)
+    return x, Filters(weight, torch.rand(count) + 0.5, torch.randn(count), stride, padding)
 
 
-def scaled(weight, scale):
-    return exact(weight) * exact(scale).view(-1, 1, 1, 1)
+def per_sample(vector, image):
+    return exact(vector).view(-1, *[1] * (image.dim() - 1))
+
+
+def scaled(filters):
+    return exact(filters.weight) * per_sample(filters.scale, filters.weight)
+
+
+def convolved(x, weight, filters, bias=None):
+    convolve = F.conv1d if x.dim() == 3 else F.conv2d
+    return convolve(x, weight, bias, filters.stride, filters.padding)
+
+
+def like_image(x):
+    """x in channels_last, which no memory format describes for signals."""
+    return x.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
 
 
 @every_case
 @every_layout
 @pytest.mark.parametrize("relu", [False, True])
 def test_forward(case, layout, relu):
-    x, weight, scale, padding = make(case, layout)
-    bias = torch.randn(len(weight))
-    expected = F.conv2d(exact(x), scaled(weight, scale), exact(bias), padding=padding)
+    x, filters = make(case, layout)
+    expected = convolved(exact(x), scaled(filters), filters, exact(filters.shift))
     other = rand(*expected.shape, dtype=torch.float32, layout=layout)
     expected = expected + exact(other)
-    y, mass = winograd.convolution(x, Filters(weight, scale, bias, padding), other, relu=relu)
+    y, mass = winograd.convolution(x, filters, other, relu=relu)
     agree(y, expected.relu() if relu else expected, torch.float32, scale=4)
-    agree(mass, scaled(weight, scale).abs().sum((1, 2, 3)), torch.float32, scale=4)
-    assert y.is_contiguous(memory_format=torch.channels_last)
+    agree(mass, scaled(filters).abs().flatten(1).sum(1), torch.float32, scale=4)
+    assert y.movedim(1, -1).is_contiguous()
 
 
 @every_case
 def test_forward_of_filters_alone(case):
-    x, weight, _, padding = make(case, "channels_last")
-    y, mass = winograd.convolution(x, Filters(weight, None, None, padding))
-    agree(y, F.conv2d(exact(x), exact(weight), padding=padding), torch.float32, scale=4)
-    agree(mass, exact(weight).abs().sum((1, 2, 3)), torch.float32, scale=4)
+    x, filters = make(case, "channels_last")
+    filters = filters._replace(scale=None, shift=None)
+    y, mass = winograd.convolution(x, filters)
+    agree(y, convolved(exact(x), exact(filters.weight), filters), torch.float32, scale=4)
+    agree(mass, exact(filters.weight).abs().flatten(1).sum(1), torch.float32, scale=4)
 
 
 @every_case
 @every_layout
 def test_transpose(case, layout):
-    x, weight, scale, padding = make(case, layout)
-    filters = Filters(weight, scale, None, padding)
+    x, filters = make(case, layout)
     wide = exact(x).requires_grad_()
-    y = F.conv2d(wide, scaled(weight, scale), padding=padding)
+    y = convolved(wide, scaled(filters), filters)
     g = rand(*y.shape, dtype=torch.float32, layout=layout)
     (expected,) = torch.autograd.grad(y, wide, exact(g))
-    agree(winograd.transpose(g, filters), expected, torch.float32, scale=4)
+    agree(winograd.transpose(g, filters, x.shape[2:]), expected, torch.float32, scale=4)
 
     factor = torch.rand(len(x)) + 0.5
-    expected = expected * exact(x) * exact(factor).view(-1, 1, 1, 1)
-    q = x.contiguous(memory_format=torch.channels_last).clone()
+    expected = expected * exact(x) * per_sample(factor, x)
+    q = like_image(x)
+    assert winograd.overwrites(q) or len(x) == 0
     mass = winograd.product(q, g, filters, factor)
     agree(q, expected, torch.float32, scale=4)
-    agree(mass, expected.abs().sum((1, 2, 3)), torch.float32, scale=4)
+    agree(mass, expected.abs().flatten(1).sum(1), torch.float32, scale=4)
 
 
-def test_results_do_not_depend_on_the_number_of_threads():
-    x, weight, scale, padding = make((3, 64, 96, (21, 13), (1, 1)), "channels_last")
-    g, filters = torch.randn(3, 96, 21, 13), Filters(weight, scale, None, padding)
+@pytest.mark.parametrize(
+    "case",
+    [
+        (3, 64, 96, (21, 13), SQUARE, (1, 1), (1, 1)),
+        (3, 64, 96, (215,), (7,), (2,), (3,)),
+    ],
+    ids=str,
+)
+def test_results_do_not_depend_on_the_number_of_threads(case):
+    x, filters = make(case, "channels_last")
+    g = torch.randn_like(winograd.convolution(x, filters)[0])
     threads = torch.get_num_threads()
     results = []
     try:
@@ -106,10 +144,16 @@ def test_results_do_not_depend_on_the_number_of_threads():
         assert all(map(torch.equal, results[0], other))
 
 
-def test_equal_pixels_give_equal_outputs():
+@pytest.mark.parametrize("taps", [(3, 3), (1, 3), (1, 4), (5, 1), (1, 7), (8, 1)], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_equal_pixels_give_equal_outputs(taps, stride):
     """So that a uniform region of an image has the ties that it has without this algorithm."""
+    if taps == SQUARE and stride > 1:
+        return
     x = torch.randn(1, 32, 1, 1).expand(1, 32, 20, 20)
-    y, _ = winograd.convolution(x, Filters(torch.randn(32, 32, 3, 3), None, None, [0, 0]))
+    strides = [stride if k > 1 else 1 for k in taps]
+    filters = Filters(torch.randn(32, 32, *taps), None, None, strides, [0, 0])
+    y, _ = winograd.convolution(x, filters)
     assert torch.equal(y, y[..., :1, :1].expand_as(y))
 
 
@@ -118,7 +162,7 @@ def test_what_is_not_finite_stays_so(value):
     x = torch.randn(1, 32, 8, 8)
     x[0, 3, 4, 4] = value
     weight = torch.rand(32, 32, 3, 3) * (1 if value > 0 else -1)
-    y, _ = winograd.convolution(x, Filters(weight, None, None, [1, 1]), relu=True)
+    y, _ = winograd.convolution(x, Filters(weight, None, None, [1, 1], [1, 1]), relu=True)
     assert not y.isfinite().all()
     assert y[..., :2, :2].isfinite().all()  # far away
 
@@ -128,6 +172,14 @@ def test_what_it_covers():
     window = ([1, 1], [1, 1], [1, 1])
     fast = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     assert winograd.covers(x, weight, *window, 1) == fast
+    for size, taps, arguments in (
+        ((8, 8), (1, 3), ([1, 1], [0, 2], [1, 1], 1)),
+        ((8, 8), (32, 1), ([2, 1], [31, 0], [1, 1], 1)),
+        ((1, 3), (1, 3), ([1, 2], [0, 0], [1, 1], 1)),
+        ((40,), (7,), ([2], [3], [1], 1)),
+    ):
+        signal, filters = torch.randn(1, 32, *size), torch.randn(64, 32, *taps)
+        assert winograd.covers(signal, filters, *arguments) == fast
     refused = [
         (x.double(), weight.double(), *window, 1),
         (x.bfloat16(), weight, *window, 1),
@@ -139,6 +191,13 @@ def test_what_it_covers():
         (x, weight[:, :16], *window, 2),
         (x, weight[:20], *window, 1),
         (x, weight[..., :2], *window, 1),
+        (x, weight[..., :1], [1, 1], [1, 1], [1, 1], 1),
+        (x, weight[..., :1], [3, 1], [1, 0], [1, 1], 1),
+        (x, weight[..., :1], [1, 2], [1, 0], [1, 1], 1),
+        (x, weight[:, :, :1, :2], [1, 1], [0, 0], [1, 1], 1),
+        (x[0], weight[..., 0], [1], [1], [2], 1),
+        (x, weight[..., 0], [1], [1], [1], 1),
+        (x[..., None], weight[..., None], [1, 1, 1], [1, 1, 0], [1, 1, 1], 1),
         (x, weight[:0], *window, 1),
         (x.to("meta"), weight.to("meta"), *window, 1),
     ]

@@ -1,0 +1,138 @@
+// What Winograd's algorithms for one axis and for two share: a convolution, its patches, where terms lie.
+#pragma once
+
+#include "simd.h"
+#include "tensor.h"
+
+namespace rlrp {
+namespace winograd {
+
+using simd::load;
+using simd::magnitude;
+using simd::store;
+using simd::Vector;
+
+constexpr int kColumns = 2;      // vectors of outputs that the matrix product holds at a time
+constexpr int64_t kBlock = 48;   // patches at a time; a multiple of the product's rows
+constexpr int64_t kPad = 16;     // keeps the planes of a buffer out of each other's cache lines
+
+template <int kLanes>
+constexpr int kPanel = kColumns * kLanes;
+
+// Images in channels_last, or some of their pixels: every so many of a column and a row.
+struct Image {
+  int64_t channels, size[2];
+  int64_t batch, step[2];  // strides
+
+  static Image dense(int64_t channels, int64_t height, int64_t width) {
+    return {channels, {height, width}, height * width * channels, {width * channels, channels}};
+  }
+  int64_t offset(int64_t n, int64_t h, int64_t w) const { return n * batch + h * step[0] + w * step[1]; }
+  bool has(int64_t h, int64_t w) const { return h >= 0 && h < size[0] && w >= 0 && w < size[1]; }
+};
+
+struct Filters {
+  const float* taps;
+  int64_t out, in, step[2];  // strides
+  const float* scale;            // of a filter, so of the outputs or, on the way back, of the inputs
+  int64_t scale_out, scale_in;
+  float* mass;  // Σ |tap| of each output
+};
+
+struct Place {
+  int64_t n, h, w;  // of a patch's first output
+};
+
+struct Convolution {
+  Image in, out;
+  int64_t batch;
+  int64_t kernel[2], stride[2], padding[2];  // padding may be negative: then it cuts
+  Filters filters;
+  const float *x, *bias, *other;
+  float* y;
+  bool relu;
+  // y becomes the product with what it was, times a factor for each sample.
+  bool multiplies;
+  const float* factor;
+  double* mass;  // of each sample of it
+
+  // The input that the output at a place meets by the tap (i, j); zeros outside of the image.
+  const float* pixel(const Place& at, int64_t i, int64_t j, const float* zeros) const {
+    const int64_t h = at.h * stride[0] + i - padding[0], w = at.w * stride[1] + j - padding[1];
+    return in.has(h, w) ? x + in.offset(at.n, h, w) : zeros;
+  }
+};
+
+// How images are cut into patches, each of `size` outputs.
+struct Grid {
+  int64_t size[2], down, along;
+
+  Grid(const Convolution& conv, const int64_t (&size)[2])
+      : size{size[0], size[1]},
+        down(ceil_div(conv.out.size[0], size[0])),
+        along(ceil_div(conv.out.size[1], size[1])) {}
+
+  Place place(int64_t patch) const {
+    const int64_t row = patch / along;
+    return {row / down, row % down * size[0], patch % along * size[1]};
+  }
+};
+
+// Some of the outputs.
+struct Range {
+  int64_t first, count;
+};
+
+// Where each term of patches, filters and products begins, and how many numbers a patch has of it.
+template <int kTerms>
+struct Planes {
+  int64_t depth[kTerms], patches[kTerms + 1], filters[kTerms + 1], products;
+};
+
+// The taps (i, j) of an input's filters, one for each lane's output, scaled; their mass is added up.
+template <int kLanes>
+struct Taps {
+  const Filters& f;
+  const float* first;
+  float scale[kLanes];
+
+  RLRP_INLINE Taps(const Filters& f, int64_t out, int64_t in) : f(f), first(f.taps + out * f.out + in * f.in) {
+    constexpr int kAhead = 8;  // inputs: their filters lie too far apart for the processor to foresee
+    for (int lane = 0; lane < kLanes; ++lane) {
+      __builtin_prefetch(first + lane * f.out + kAhead * f.in);
+      scale[lane] = f.scale ? f.scale[(out + lane) * f.scale_out + in * f.scale_in] : 1.0f;
+    }
+  }
+
+  RLRP_INLINE Vector<kLanes> operator()(int64_t i, int64_t j, Vector<kLanes>& mass) const {
+    float gathered[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) gathered[lane] = first[lane * f.out + i * f.step[0] + j * f.step[1]];
+    const Vector<kLanes> tap = load<kLanes>(gathered) * load<kLanes>(scale);
+    mass += magnitude(tap);
+    return tap;
+  }
+};
+
+// What becomes of some channels of an output: offset says where they lie. Adds to the mass.
+template <int kLanes>
+RLRP_INLINE inline void put(const Convolution& conv, int64_t offset, const Vector<kLanes>& output,
+                            float factor, Vector<kLanes>& mass) {
+  Vector<kLanes> y = output;
+  if (conv.other) y += load<kLanes>(conv.other + offset);
+  if (conv.relu) y = y < 0 ? Vector<kLanes>{} : y;  // a NaN stays
+  if (conv.multiplies) {
+    y = y * factor * load<kLanes>(conv.y + offset);
+    mass += magnitude(y);
+  }
+  store<kLanes>(conv.y + offset, y);
+}
+
+template <int kLanes>
+RLRP_INLINE inline float total(const Vector<kLanes>& mass) {
+  float sum = 0;
+  for (int lane = 0; lane < kLanes; ++lane) sum += mass[lane];
+  return sum;
+}
+
+}  // namespace winograd
+}  // namespace rlrp
