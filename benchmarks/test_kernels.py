@@ -15,7 +15,7 @@ from time import perf_counter
 import pytest
 import torch
 
-from captum_rlrp.kernels import compiled, extension, reference, winograd
+from captum_rlrp.kernels import compiled, convolution, extension, reference
 
 pytest.importorskip("pytest_benchmark")
 if not extension.available():
@@ -261,16 +261,16 @@ def test_winograd(benchmark, direction, layer):
     g = make((batch, out, side, side), torch.float32, torch.channels_last)
     weight = make((out, channels, 3, 3), torch.float32, torch.channels_last)
     bias = torch.zeros(out)
-    filters = winograd.Filters(weight.contiguous(), None, bias, [1, 1], [1, 1])
+    filters = convolution.Filters(weight.contiguous(), None, bias, [1, 1], [1, 1])
     fused = ([1, 1], [1, 1], [1, 1], 1, "relu", [], "")
     sides = {
         "forward": (
             lambda: torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *fused),
-            lambda: winograd.convolution(x, filters, relu=True),
+            lambda: convolution.forward(x, filters, relu=True),
         ),
         "product": (
             lambda: plain_product(x, reference.conv(g, weight, x.shape, 1, 1)),
-            lambda: winograd.product(x, g, filters, None),
+            lambda: convolution.product(x, g, filters, None),
         ),
     }[direction]
     compare(benchmark, f"3×3 {direction} {name}, batch {batch}", *sides)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .kernels import onednn, winograd
+from .kernels import convolution, onednn
+from .kernels.convolution import Filters
 from .kernels.reference import accumulation_dtype
-from .kernels.winograd import Filters
 from .portions import LARGE
 from .rules import Call, Part, Relevance
 from .rules.convolution import Convolution, part_read
@@ -89,12 +89,12 @@ class FusedConvolution:
         folded, mass = run.kernels.accumulate([(weight, factor)], out=_new_weight(weight, x))
         return folded, shift, mass
 
-    def winograd(self, run: Run, x: Like | Tensor) -> Filters | None:
-        """The filters for :mod:`.kernels.winograd`, if that covers x or, on the way back, g."""
+    def filters(self, run: Run, x: Like | Tensor) -> Filters | None:
+        """The filters for :mod:`.kernels.convolution`, if that covers x or, on the way back, g."""
         weight: Tensor = run.value(self.conv.args["weight"])
         if self.window is None:
             return None
-        if not winograd.covers(x, weight, *self.window, self.conv.args["groups"]):
+        if not convolution.covers(x, weight, *self.window, self.conv.args["groups"]):
             return None
         scale, shift = None, run.value(self.conv.args["bias"])
         if self.norm is not None:
@@ -105,9 +105,9 @@ class FusedConvolution:
     def __call__(self, run: Run) -> Tensor:
         x: Tensor = run.value(self.conv.args["input"])
         other: Tensor | None = run.value(self.other)
-        filters = self.winograd(run, x)
+        filters = self.filters(run, x)
         if filters is not None:
-            return self._by_winograd(run, x, other, filters)
+            return self._by_ours(run, x, other, filters)
         if self.norm is not None and self._leaves_weight(run, x):
             return self._normalize(run, x, other)
         weight, bias, mass = self.fold(run)
@@ -117,12 +117,12 @@ class FusedConvolution:
             run.scratch[self] = (weight, None)
         return y
 
-    def _by_winograd(self, run: Run, x: Tensor, other: Tensor | None, filters: Filters) -> Tensor:
+    def _by_ours(self, run: Run, x: Tensor, other: Tensor | None, filters: Filters) -> Tensor:
         if self.fused is None or self.fused[0] not in ("none", "relu"):
-            y, _ = winograd.convolution(x, filters)
+            y, _ = convolution.forward(x, filters)
             return self._finish(run, y, other)
         relu = self.activation is not None
-        y, mass = winograd.convolution(x, filters, other, relu=relu)
+        y, mass = convolution.forward(x, filters, other, relu=relu)
         if relu:  # which hides a −∞
             self._watch(run, filters.weight, mass, filters.shift, y)
         return y
@@ -321,9 +321,9 @@ class FoldedConvolution(Convolution):
 
     def transpose(self, run: Run, call: Call, g: Tensor) -> Tensor:
         made = self.instruction
-        filters = made.winograd(run, g)
+        filters = made.filters(run, g)
         if filters is not None:
-            return winograd.transpose(g, filters, run.like(made.conv.args["input"]).shape[2:])
+            return convolution.transpose(g, filters, run.like(made.conv.args["input"]).shape[2:])
         g, weight = self._unscaled(run, g)
         if made.window is None:
             return self._transpose(run, call, g, weight)
@@ -331,14 +331,14 @@ class FoldedConvolution(Convolution):
         return run.kernels.conv(g, weight, shape, *made.window, groups=groups)
 
     def transpose_over(self, run: Run, call: Call, v: Tensor, r: Relevance) -> Tensor | None:
-        """By Winograd's algorithm; or large images a few at a time: Jᵀ r takes little memory."""
+        """By a convolution of ours; or large images a few at a time: Jᵀ r takes little memory."""
         made = self.instruction
         assert r.mass is not None
         if v.dtype != r.values.dtype:
             return None
-        filters = made.winograd(run, r.values)
-        if filters is not None and winograd.overwrites(v):
-            return winograd.product(v, r.values, filters, r.factor)
+        filters = made.filters(run, r.values)
+        if filters is not None and convolution.overwrites(v):
+            return convolution.product(v, r.values, filters, r.factor)
         if v.nbytes <= LARGE or v.device.type != "cpu" or made.window is None:
             return None
         r_values, weight = self._unscaled(run, r.values)

@@ -32,12 +32,12 @@ STABLE_TORCH_LIBRARY(captum_rlrp, m) {
       "conv_few(Tensor g, Tensor weight, int[] input_shape, int[] stride, int[] padding, "
       "int[] dilation) -> Tensor");
   m.def(
-      "winograd(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? other, int[] stride, "
+      "convolution(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? other, int[] stride, "
       "int[] padding, bool relu) -> (Tensor, Tensor)");
   m.def(
-      "winograd_transpose(Tensor g, Tensor weight, Tensor? scale, int[] size, int[] stride, "
+      "convolution_transpose(Tensor g, Tensor weight, Tensor? scale, int[] size, int[] stride, "
       "int[] padding) -> Tensor");
   m.def(
-      "winograd_product_(Tensor(a!) x, Tensor g, Tensor weight, Tensor? scale, Tensor? factor, "
+      "convolution_product_(Tensor(a!) x, Tensor g, Tensor weight, Tensor? scale, Tensor? factor, "
       "int[] stride, int[] padding) -> Tensor");
 }

@@ -29,7 +29,7 @@ for one in "$python" "$work/oldest/bin/python"; do
 from captum_rlrp.kernels import extension
 print('== torch', torch.__version__, '; CUDA kernels:', extension.cuda_load_error() or 'loaded')
 assert extension.available(), extension.load_error()"
-        "$one" -m pytest -q -p no:cacheprovider tests/kernels -k "compiled or ops or winograd"
+        "$one" -m pytest -q -p no:cacheprovider tests/kernels -k "compiled or ops or convolution"
     )
 done
 echo "== one build, both torches"

@@ -122,7 +122,7 @@ def test_cuda_graphs_change_nothing(name: str) -> None:
 
 
 class Convolutions(nn.Module):
-    """3×3 convolutions that Winograd's algorithm covers, in all the ways that a forward fuses."""
+    """Convolutions that :mod:`kernels.convolution` covers, in all the ways that a forward fuses."""
 
     def __init__(self, activation: nn.Module, padding: Any) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class Convolutions(nn.Module):
 )
 @pytest.mark.parametrize("padding", [1, 0, "same"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_winograd_convolutions_in_a_model(
+def test_our_convolutions_in_a_model(
     activation: nn.Module, padding: Any, layout: torch.memory_format
 ) -> None:
     torch.manual_seed(3)
@@ -200,7 +200,7 @@ class Lines(nn.Module):
 )
 @pytest.mark.parametrize("padding", [3, 0])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_winograd_convolutions_along_one_axis_in_a_model(
+def test_our_convolutions_along_one_axis_in_a_model(
     activation: nn.Module, padding: int, batch: int
 ) -> None:
     torch.manual_seed(3)
@@ -219,7 +219,7 @@ def test_winograd_convolutions_along_one_axis_in_a_model(
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), -1e37])
 @pytest.mark.parametrize("conv", [nn.Conv1d, nn.Conv2d], ids=["signals", "images"])
-def test_winograd_convolutions_hide_nothing(value: float, conv: type[nn.Conv1d]) -> None:
+def test_our_convolutions_hide_nothing(value: float, conv: type[nn.Conv1d]) -> None:
     model = nn.Sequential(conv(32, 32, 3), nn.ReLU(), conv(32, 2, 3), nn.Flatten())
     with torch.no_grad():
         model[0].weight[3] = value

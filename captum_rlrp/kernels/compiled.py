@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_rlrp.kernels import extension, onednn, reference, winograd
+from captum_rlrp.kernels import convolution, extension, onednn, reference
 from captum_rlrp.kernels.extension import ops
 from captum_rlrp.kernels.reference import (
     Ints,
@@ -244,9 +244,9 @@ def conv(
             if max(window[0]) > 1 or reference.memory_format(g) == torch.channels_last:
                 result: Tensor = ops.conv_few.default(g, weight, list(input_shape), *window)
                 return result
-        elif winograd.covers(g, weight, window[0], window[1], window[2], groups):
-            filters = winograd.Filters(weight, None, None, window[0], window[1])
-            return winograd.transpose(g, filters, input_shape[2:])
+        elif convolution.covers(g, weight, window[0], window[1], window[2], groups):
+            filters = convolution.Filters(weight, None, None, window[0], window[1])
+            return convolution.transpose(g, filters, input_shape[2:])
         elif onednn.covers(g, weight) and onednn.is_product(
             g, weight, window[0], window[1], groups
         ):
@@ -309,7 +309,7 @@ def _channels_last(model: Tensor, shape: Sequence[int]) -> Tensor:
     )
 
 
-def _fake_winograd(
+def _fake_convolution(
     x: Tensor,
     weight: Tensor,
     _scale: Any,
@@ -324,7 +324,7 @@ def _fake_winograd(
     return _channels_last(x, (len(x), len(weight), *size)), x.new_empty(len(weight))
 
 
-def _fake_winograd_transpose(
+def _fake_convolution_transpose(
     g: Tensor, weight: Tensor, _scale: Any, size: list[int], *_: Any
 ) -> Tensor:
     return _channels_last(g, (len(g), weight.shape[1], *size))
@@ -348,9 +348,9 @@ def _register_fakes() -> None:
     fake("captum_rlrp::adaptive_max_unpool")(lambda r, winners, shape: _image(r, shape))
     fake("captum_rlrp::avg_pool")(lambda r, shape, *_: _image(r, shape))
     fake("captum_rlrp::conv_few")(lambda g, weight, shape, *_: _channels_last(g, shape))
-    fake("captum_rlrp::winograd")(_fake_winograd)
-    fake("captum_rlrp::winograd_transpose")(_fake_winograd_transpose)
-    fake("captum_rlrp::winograd_product_")(lambda x, *_: _masses(x))
+    fake("captum_rlrp::convolution")(_fake_convolution)
+    fake("captum_rlrp::convolution_transpose")(_fake_convolution_transpose)
+    fake("captum_rlrp::convolution_product_")(lambda x, *_: _masses(x))
     fake("captum_rlrp::adaptive_avg_pool")(lambda r, shape: _image(r, shape))
 
 

@@ -66,6 +66,7 @@ template <int kLanes>
 struct Lanes {
   typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
   typedef float Unaligned __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
+  typedef int Indices __attribute__((vector_size(kLanes * sizeof(int))));
 };
 template <int kLanes>
 using Vector = typename Lanes<kLanes>::Vector;
@@ -78,6 +79,26 @@ RLRP_INLINE inline Vector<kLanes> load(const float* from) {
 template <int kLanes>
 RLRP_INLINE inline void store(float* to, Vector<kLanes> value) {
   *reinterpret_cast<typename Lanes<kLanes>::Unaligned*>(to) = value;
+}
+
+// As many vectors as each has lanes, as a matrix.
+template <int kLanes>
+RLRP_INLINE inline void transpose(Vector<kLanes> (&rows)[kLanes]) {
+#pragma GCC unroll 4
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    typename Lanes<kLanes>::Indices upper, lower;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      upper[lane] = lane & step ? kLanes + lane - step : lane;
+      lower[lane] = lane & step ? kLanes + lane : lane + step;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & step) continue;
+      const Vector<kLanes> a = rows[i], b = rows[i + step];
+      rows[i] = __builtin_shuffle(a, b, upper);
+      rows[i + step] = __builtin_shuffle(a, b, lower);
+    }
+  }
 }
 
 template <class V>

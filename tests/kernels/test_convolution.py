@@ -1,4 +1,4 @@
-"""Dense layers and convolutions, backwards: against autograd in float64."""
+"""Our own convolutions: against PyTorch's convolution in float64."""
 
 from __future__ import annotations
 
@@ -6,76 +6,219 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from captum_rlrp.kernels import reference
+from captum_rlrp.kernels import compiled, convolution
+from captum_rlrp.kernels.convolution import Filters
 
-from .common import agree, compare, every_device, exact, rand
+from .common import agree, exact, needs_extension, rand
 
-# in channels, weight shape, rank-long input, stride, padding, dilation, transposed, extra, groups
-CONVOLUTIONS = [
-    (3, (16, 3, 3, 3), (9, 8), 1, 1, 1, False, 0, 1),
-    (3, (16, 3, 7, 7), (17, 15), 2, 3, 1, False, 0, 1),
-    (4, (16, 4, 3, 2), (11, 10), [2, 1], [1, 0], [1, 2], False, 0, 1),
-    (1, (16, 1, 2, 2), (7, 7), 3, 0, 1, False, 0, 1),
-    (3, (24, 3, 5, 3), (14, 19), [3, 2], [0, 4], [2, 3], False, 0, 1),
-    (2, (8, 2, 11, 11), (30, 9), [4, 1], [2, 5], 1, False, 0, 1),
-    (4, (8, 4, 3, 3), (1, 1), 1, 1, 1, False, 0, 1),
-    (6, (64, 6, 3, 3), (1, 1), 1, 1, 1, False, 0, 1),
-    (3, (32, 3, 4, 4), (12, 8), 4, 0, 1, False, 0, 1),
-    (3, (20, 3, 3, 3), (9, 8), 1, 1, 1, False, 0, 1),
-    (6, (8, 6, 3, 3), (9, 8), 2, 1, 1, False, 0, 1),
-    (6, (16, 6, 1, 1), (9, 8), 1, 0, 1, False, 0, 1),
-    (6, (16, 6, 1, 1), (9, 8), 2, 0, 1, False, 0, 1),
-    (6, (6, 1, 3, 3), (9, 8), 1, 1, 1, False, 0, 6),
-    (6, (4, 3, 3, 3), (9, 8), 1, 2, 2, False, 0, 2),
-    (6, (6, 4, 3, 3), (5, 4), 2, 1, 1, True, 1, 1),
-    (6, (8, 6, 3), (11,), 2, 1, 1, False, 0, 1),
-    (1, (32, 1, 7), (40,), 2, 3, 1, False, 0, 1),
-    (6, (6, 1, 3), (11,), 1, [2], [2], False, 0, 6),
-    (6, (6, 4, 3), (5,), 2, 1, 1, True, 1, 1),
-    (3, (16, 3, 3, 3, 3), (5, 6, 7), 1, 1, 1, False, 0, 1),
+pytestmark = needs_extension
+
+SQUARE = (3, 3)
+# batch, input channels, filters, size, taps, stride, padding
+CASES = [
+    (2, 32, 32, (6, 8), SQUARE, (1, 1), (1, 1)),
+    (1, 32, 64, (7, 5), SQUARE, (1, 1), (1, 1)),  # the last outputs in half a patch
+    (3, 64, 32, (9, 4), SQUARE, (1, 1), (0, 2)),
+    (1, 96, 32, (3, 3), SQUARE, (1, 1), (0, 0)),  # a single output
+    (5, 32, 32, (1, 1), SQUARE, (1, 1), (1, 1)),
+    (2, 32, 96, (1, 9), SQUARE, (1, 1), (2, 1)),
+    (2, 32, 32, (15, 17), SQUARE, (1, 1), (2, 2)),  # several blocks, one over two images
+    (1, 512, 256, (4, 6), SQUARE, (1, 1), (1, 1)),  # filters in several goes, either way
+    (1, 1024, 96, (5, 3), SQUARE, (1, 1), (1, 1)),
+    (0, 32, 32, (4, 4), SQUARE, (1, 1), (1, 1)),
+    (2, 32, 64, (5, 13), (1, 3), (1, 1), (0, 1)),  # taps along one axis: in threes,
+    (2, 64, 32, (12, 5), (4, 1), (1, 1), (3, 0)),  # with one left over,
+    (1, 32, 32, (6, 11), (1, 5), (1, 1), (0, 2)),  # with two
+    (1, 32, 32, (3, 9), (1, 2), (1, 1), (0, 0)),
+    (3, 32, 96, (101, 1), (7, 1), (1, 1), (6, 0)),  # several blocks
+    (1, 256, 224, (3, 64), (1, 16), (1, 1), (0, 5)),  # filters in several goes
+    (1, 32, 32, (1, 64), (1, 64), (1, 1), (0, 0)),  # a single output
+    (0, 32, 32, (1, 20), (1, 7), (1, 2), (0, 3)),
+    # Every phase at each end.
+    *((1, 32, 64, (2, 20 + n), (1, 7), (1, 2), (0, n)) for n in range(4)),
+    *((2, 64, 32, (20 + n, 3), (5, 1), (3, 1), (n, 0)) for n in range(4)),
+    (1, 32, 32, (1, 14), (1, 3), (1, 3), (0, 0)),  # inputs that nothing reads
+    (3, 32, 64, (5, 11), (1, 1), (1, 1), (0, 0)),  # 1×1: three blocks of pixels, some left over
+    (1, 64, 32, (1, 1), (1, 1), (1, 1), (0, 0)),
+    (1, 2048, 544, (2, 3), (1, 1), (1, 1), (0, 0)),  # filters in several goes, either way
+    (0, 32, 32, (4, 4), (1, 1), (1, 1), (0, 0)),
+    (2, 96, 32, (29,), (1,), (1,), (0,)),
+    (2, 32, 32, (30,), (7,), (1,), (3,)),  # signals
+    (2, 32, 64, (31,), (6,), (2,), (2,)),
+    (1, 64, 32, (3,), (3,), (2,), (0,)),
 ]
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_layout = pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 
 
-@compare
-@every_device
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
-def test_conv(backend, device, dtype, layout, case):
-    channels, weight_shape, size, *options = case
-    rank = len(size)
-    stride, padding, dilation, transposed, extra, groups = options
-    lists = [reference.ints(v, rank) for v in (stride, padding, dilation)]
-    x = rand(2, channels, *size, dtype=dtype, device=device, layout=layout)
-    weight = rand(*weight_shape, dtype=dtype, device=device)
-    wide = exact(x).contiguous().requires_grad_()
-    y = torch.convolution(
-        wide, exact(weight), None, *lists, transposed, reference.ints(extra, rank), groups
-    )
-    g = rand(*y.shape, dtype=dtype, device=device, layout=layout)
+def make(case, layout):
+    """An image or a signal, and filters with a number for each."""
+    n, channels, count, size, taps, stride, padding = case
+    x = rand(n, channels, *size, dtype=torch.float32, layout=layout)
+    weight = rand(count, channels, *taps, dtype=torch.float32, layout=layout)
+    return x, Filters(weight, torch.rand(count) + 0.5, torch.randn(count), stride, padding)
+
+
+def per_sample(vector, image):
+    return exact(vector).view(-1, *[1] * (image.dim() - 1))
+
+
+def scaled(filters):
+    return exact(filters.weight) * per_sample(filters.scale, filters.weight)
+
+
+def convolved(x, weight, filters, bias=None):
+    convolve = F.conv1d if x.dim() == 3 else F.conv2d
+    return convolve(x, weight, bias, filters.stride, filters.padding)
+
+
+def like_image(x):
+    """x in channels_last, which no memory format describes for signals."""
+    return x.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
+
+
+@every_case
+@every_layout
+@pytest.mark.parametrize("relu", [False, True])
+def test_forward(case, layout, relu):
+    x, filters = make(case, layout)
+    expected = convolved(exact(x), scaled(filters), filters, exact(filters.shift))
+    other = rand(*expected.shape, dtype=torch.float32, layout=layout)
+    expected = expected + exact(other)
+    y, mass = convolution.forward(x, filters, other, relu=relu)
+    agree(y, expected.relu() if relu else expected, torch.float32, scale=4)
+    agree(mass, scaled(filters).abs().flatten(1).sum(1), torch.float32, scale=4)
+    assert y.movedim(1, -1).is_contiguous()
+
+
+@every_case
+def test_forward_of_filters_alone(case):
+    x, filters = make(case, "channels_last")
+    filters = filters._replace(scale=None, shift=None)
+    y, mass = convolution.forward(x, filters)
+    agree(y, convolved(exact(x), exact(filters.weight), filters), torch.float32, scale=4)
+    agree(mass, exact(filters.weight).abs().flatten(1).sum(1), torch.float32, scale=4)
+
+
+@every_case
+@every_layout
+def test_transpose(case, layout):
+    x, filters = make(case, layout)
+    wide = exact(x).requires_grad_()
+    y = convolved(wide, scaled(filters), filters)
+    g = rand(*y.shape, dtype=torch.float32, layout=layout)
     (expected,) = torch.autograd.grad(y, wide, exact(g))
-    agree(backend.conv(g, weight, x.shape, *options), expected, dtype, scale=8)
+    agree(convolution.transpose(g, filters, x.shape[2:]), expected, torch.float32, scale=4)
+
+    factor = torch.rand(len(x)) + 0.5
+    expected = expected * exact(x) * per_sample(factor, x)
+    q = like_image(x)
+    assert convolution.overwrites(q) or len(x) == 0
+    mass = convolution.product(q, g, filters, factor)
+    agree(q, expected, torch.float32, scale=4)
+    agree(mass, expected.abs().flatten(1).sum(1), torch.float32, scale=4)
 
 
-# The last two are enough work for oneDNN.
-@compare
-@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
 @pytest.mark.parametrize(
-    ("shape", "width"),
-    [((2, 7), 5), ((2, 3, 7), 5), ((0, 7), 5), ((7,), 5), ((40, 130), 210), ((5, 9, 130), 210)],
+    "case",
+    [
+        (3, 64, 96, (21, 13), SQUARE, (1, 1), (1, 1)),
+        (3, 64, 96, (215,), (7,), (2,), (3,)),
+        (3, 64, 96, (21, 13), (1, 1), (1, 1), (0, 0)),
+    ],
     ids=str,
 )
-def test_linear(backend, shape, width, layout):
-    x = rand(*shape, dtype=torch.float32)
-    weight = rand(width, shape[-1], dtype=torch.float32, layout=layout)
-    g = rand(*shape[:-1], width, dtype=torch.float32, layout=layout)
-    wide = exact(x).requires_grad_()
-    (expected,) = torch.autograd.grad(F.linear(wide, exact(weight)), wide, exact(g))
-    agree(backend.linear(g, weight), expected, torch.float32, scale=4)
+def test_results_do_not_depend_on_the_number_of_threads(case):
+    x, filters = make(case, "channels_last")
+    g = torch.randn_like(convolution.forward(x, filters)[0])
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            q = x.clone()
+            results.append(
+                [
+                    *convolution.forward(x, filters),
+                    convolution.product(q, g, filters, None),
+                    q,
+                ]
+            )
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
 
 
-@compare
-def test_linear_rows_are_a_one_hot_product(backend):
-    weight, index = torch.randn(5, 7), torch.tensor([4, 0, 4])
-    expected = F.one_hot(index, 5).float() @ weight
-    assert torch.equal(backend.linear_rows(weight, index), expected)
+@pytest.mark.parametrize("taps", [(1, 1), (3, 3), (1, 3), (1, 4), (5, 1), (1, 7), (8, 1)], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_equal_pixels_give_equal_outputs(taps, stride):
+    """So that a uniform region of an image has the ties that it has without this algorithm."""
+    if taps == SQUARE and stride > 1:
+        return
+    x = torch.randn(1, 32, 1, 1).expand(1, 32, 20, 20)
+    strides = [stride if k > 1 else 1 for k in taps]
+    filters = Filters(torch.randn(32, 32, *taps), None, None, strides, [0, 0])
+    y, _ = convolution.forward(x, filters)
+    assert torch.equal(y, y[..., :1, :1].expand_as(y))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_stays_so(value):
+    x = torch.randn(1, 32, 8, 8)
+    x[0, 3, 4, 4] = value
+    weight = torch.rand(32, 32, 3, 3) * (1 if value > 0 else -1)
+    y, _ = convolution.forward(x, Filters(weight, None, None, [1, 1], [1, 1]), relu=True)
+    assert not y.isfinite().all()
+    assert y[..., :2, :2].isfinite().all()  # far away
+
+
+def test_what_it_covers():
+    x, weight = torch.randn(2, 32, 8, 8), torch.randn(64, 32, 3, 3)
+    window = ([1, 1], [1, 1], [1, 1])
+    fast = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    assert convolution.covers(x, weight, *window, 1) == fast
+    for size, taps, arguments in (
+        ((8, 8), (1, 3), ([1, 1], [0, 2], [1, 1], 1)),
+        ((8, 8), (32, 1), ([2, 1], [31, 0], [1, 1], 1)),
+        ((1, 3), (1, 3), ([1, 2], [0, 0], [1, 1], 1)),
+        ((40,), (7,), ([2], [3], [1], 1)),
+        ((40,), (1,), ([1], [0], [1], 1)),
+        ((5, 1), (1, 1), ([1, 1], [0, 0], [1, 1], 1)),
+    ):
+        signal, filters = torch.randn(1, 32, *size), torch.randn(64, 32, *taps)
+        assert convolution.covers(signal, filters, *arguments) == fast
+    refused = [
+        (x.double(), weight.double(), *window, 1),
+        (x.bfloat16(), weight, *window, 1),
+        (x[:1], weight, *window, 1),
+        (x[0], weight, *window, 1),
+        (x, weight, [2, 1], [1, 1], [1, 1], 1),
+        (x, weight, [1, 1], [1, 3], [1, 1], 1),
+        (x, weight, [1, 1], [1, 1], [1, 2], 1),
+        (x, weight[:, :16], *window, 2),
+        (x, weight[:20], *window, 1),
+        (x, weight[..., :2], *window, 1),
+        (x, weight[..., :1], [1, 1], [1, 1], [1, 1], 1),
+        (x, weight[..., :1], [3, 1], [1, 0], [1, 1], 1),
+        (x, weight[..., :1], [1, 2], [1, 0], [1, 1], 1),
+        (x, weight[:, :, :1, :2], [1, 1], [0, 0], [1, 1], 1),
+        (x, weight[..., :1, :1], [2, 2], [0, 0], [1, 1], 1),
+        (x, weight[..., :1, :1], [1, 1], [1, 1], [1, 1], 1),
+        (x[..., :1, :1], weight[..., :1, :1], [1, 1], [0, 0], [1, 1], 1),
+        (x[0], weight[..., 0], [1], [1], [2], 1),
+        (x, weight[..., 0], [1], [1], [1], 1),
+        (x[..., None], weight[..., None], [1, 1, 1], [1, 1, 0], [1, 1, 1], 1),
+        (x, weight[:0], *window, 1),
+        (x.to("meta"), weight.to("meta"), *window, 1),
+    ]
+    assert not any(convolution.covers(*arguments) for arguments in refused)
+
+
+def test_the_gradient_of_a_covered_convolution_is_its_own(monkeypatch):
+    calls = []
+    monkeypatch.setattr(convolution, "_IS_FAST", True)
+    monkeypatch.setattr(convolution, "transpose", lambda *a: calls.append(a) or "made")
+    g, weight = torch.randn(2, 64, 8, 8), torch.randn(64, 32, 3, 3)
+    assert compiled.conv(g, weight, (2, 32, 8, 8), 1, 1) == "made"
+    assert len(calls) == 1

@@ -207,34 +207,34 @@ def test_few_channels_refuse_what_does_not_fit(position, bad):
 IMAGE = torch.randn(2, 32, 6, 5).to(memory_format=torch.channels_last)
 G, FILTERS, SCALE = torch.randn(2, 64, 4, 3), torch.randn(64, 32, 3, 3), torch.rand(64)
 LINE, LINE_G = torch.randn(64, 32, 1, 3), torch.randn(2, 64, 6, 2)
-WINOGRAD = {
-    "winograd": (IMAGE, FILTERS, SCALE, torch.randn(64), G, [1, 1], [0, 0], True),
-    "winograd_transpose": (G, FILTERS, SCALE, [6, 5], [1, 1], [0, 0]),
-    "winograd_product_": (IMAGE, G, FILTERS, SCALE, torch.rand(2), [1, 1], [0, 0]),
+CONVOLUTIONS = {
+    "convolution": (IMAGE, FILTERS, SCALE, torch.randn(64), G, [1, 1], [0, 0], True),
+    "convolution_transpose": (G, FILTERS, SCALE, [6, 5], [1, 1], [0, 0]),
+    "convolution_product_": (IMAGE, G, FILTERS, SCALE, torch.rand(2), [1, 1], [0, 0]),
 }
 STRIDED = {
-    "winograd": (IMAGE, LINE, None, None, LINE_G, [1, 2], [0, 0], False),
-    "winograd_transpose": (LINE_G, LINE, None, [6, 5], [1, 2], [0, 0]),
-    "winograd_product_": (IMAGE, LINE_G, LINE, None, None, [1, 2], [0, 0]),
+    "convolution": (IMAGE, LINE, None, None, LINE_G, [1, 2], [0, 0], False),
+    "convolution_transpose": (LINE_G, LINE, None, [6, 5], [1, 2], [0, 0]),
+    "convolution_product_": (IMAGE, LINE_G, LINE, None, None, [1, 2], [0, 0]),
 }
 
 
-@pytest.mark.parametrize("name", list(WINOGRAD))
-@pytest.mark.parametrize("calls", [WINOGRAD, STRIDED], ids=["3×3", "line"])
-def test_opcheck_of_winograd(name, calls):
+@pytest.mark.parametrize("name", list(CONVOLUTIONS))
+@pytest.mark.parametrize("calls", [CONVOLUTIONS, STRIDED], ids=["3×3", "line"])
+def test_opcheck_of_convolutions(name, calls):
     arguments = [a.clone() if isinstance(a, torch.Tensor) else a for a in calls[name]]
     torch.library.opcheck(getattr(ops, name).default, arguments, raise_exception=True)
 
 
-@pytest.mark.parametrize("name", list(WINOGRAD))
-def test_winograd_refuses_what_does_not_fit(name):
-    good = WINOGRAD[name]
+@pytest.mark.parametrize("name", list(CONVOLUTIONS))
+def test_convolutions_refuse_what_does_not_fit(name):
+    good = CONVOLUTIONS[name]
     for position, value in enumerate(good):
         if isinstance(value, list):
             bad = [[0], [0, 0, 0], [], [-1, 0], [0, 3], [2**62, 0], [2, 1]]
         elif isinstance(value, torch.Tensor):
             bad = list(bad_tensors(value).values())
-            if name == "winograd_transpose" and position == 0:  # which gives the batch
+            if name == "convolution_transpose" and position == 0:  # which gives the batch
                 bad = [b for b in bad if b.shape[1:] != value.shape[1:] or b.dtype != value.dtype]
             if value.dim() == 1 and len(value) == 64:
                 bad = [b for b in bad if b.shape != value.shape or b.dtype != torch.float32]
@@ -247,21 +247,23 @@ def test_winograd_refuses_what_does_not_fit(name):
             )
 
 
-def test_winograd_refuses_images_that_do_not_fit():
-    x, g, weight, *rest = WINOGRAD["winograd_product_"]
+def test_convolutions_refuse_images_that_do_not_fit():
+    x, g, weight, *rest = CONVOLUTIONS["convolution_product_"]
     for image in (x.contiguous(), x[..., :-1], x[:, :, :2], torch.randn(2, 32, 5, 12)[..., ::2]):
-        assert refused("winograd_product_", (image, g, weight, *rest))
+        assert refused("convolution_product_", (image, g, weight, *rest))
     square = torch.randn(32, 32, 3, 3)
     same = (x, x, square, None, None, [1, 1], [1, 1])  # the same memory
-    assert refused("winograd_product_", same)
+    assert refused("convolution_product_", same)
     window = ([1, 1], [0, 0], False)
-    assert refused("winograd", (x[:, :, :2], weight, None, None, None, *window))
-    for strange in (weight[:50], weight[..., :2], weight[..., :1, :1], torch.randn(64, 32, 1, 65)):
-        assert refused("winograd", (x, strange, None, None, None, *window))
-    assert refused("winograd", (x[:, :20], weight[:, :20], None, None, None, *window))
-    x, weight, *_ = STRIDED["winograd"]
+    assert refused("convolution", (x[:, :, :2], weight, None, None, None, *window))
+    for strange in (weight[:50], weight[..., :2], torch.randn(64, 32, 1, 65)):
+        assert refused("convolution", (x, strange, None, None, None, *window))
+    assert refused("convolution", (x[:, :20], weight[:, :20], None, None, None, *window))
+    x, weight, *_ = STRIDED["convolution"]
+    point = torch.randn(64, 32, 1, 1)
+    assert refused("convolution", (x, point, None, None, None, [1, 2], [0, 0], False))
     for stride in ([2, 1], [1, 4], [1, 0], [1, -1], [1, 2**62]):
-        assert refused("winograd", (x, weight, None, None, None, stride, [0, 0], False))
-    g, weight, *_ = STRIDED["winograd_transpose"]
+        assert refused("convolution", (x, weight, None, None, None, stride, [0, 0], False))
+    g, weight, *_ = STRIDED["convolution_transpose"]
     for size in ([6, 4], [6, 7], [5, 5], [6, 2**62], [6, -1]):
-        assert refused("winograd_transpose", (g, weight, None, size, [1, 2], [0, 0]))
+        assert refused("convolution_transpose", (g, weight, None, size, [1, 2], [0, 0]))

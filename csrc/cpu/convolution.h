@@ -1,23 +1,27 @@
-// What Winograd's algorithms for one axis and for two share: a convolution, its patches, where terms lie.
+// What the schemes of convolution.cpp share: a convolution, its patches, where terms lie, what follows sums.
 #pragma once
 
 #include "simd.h"
 #include "tensor.h"
 
 namespace rlrp {
-namespace winograd {
+namespace convolution {
 
 using simd::load;
 using simd::magnitude;
 using simd::store;
 using simd::Vector;
 
-constexpr int kColumns = 2;      // vectors of outputs that the matrix product holds at a time
-constexpr int64_t kBlock = 48;   // patches at a time; a multiple of the product's rows
-constexpr int64_t kPad = 16;     // keeps the planes of a buffer out of each other's cache lines
+constexpr int kColumns = 2;     // vectors of outputs that a matrix product holds at a time
+constexpr int64_t kBlock = 48;  // patches at a time; a multiple of the rows below
+constexpr int64_t kPad = 16;    // keeps the planes of a buffer out of each other's cache lines
 
 template <int kLanes>
 constexpr int kPanel = kColumns * kLanes;
+template <int kLanes>
+constexpr int kRows = kLanes == 16 ? 12 : 6;  // what the registers hold, times kColumns
+template <int kLanes>
+constexpr int kFewRows = kRows<kLanes> / 3;  // at the end of a block
 
 // Images in channels_last, or some of their pixels: every so many of a column and a row.
 struct Image {
@@ -33,7 +37,7 @@ struct Image {
 
 struct Filters {
   const float* taps;
-  int64_t out, in, step[2];  // strides
+  int64_t out, in, step[2];      // strides
   const float* scale;            // of a filter, so of the outputs or, on the way back, of the inputs
   int64_t scale_out, scale_in;
   float* mass;  // Σ |tap| of each output
@@ -81,6 +85,15 @@ struct Grid {
 // Some of the outputs.
 struct Range {
   int64_t first, count;
+};
+
+// What is done at a time: some of the filters, already transformed.
+struct Work {
+  const Convolution& conv;
+  Grid grid;
+  Range range;
+  const float *filters, *zeros;
+  float* masses;  // of each patch
 };
 
 // Where each term of patches, filters and products begins, and how many numbers a patch has of it.
@@ -134,5 +147,5 @@ RLRP_INLINE inline float total(const Vector<kLanes>& mass) {
   return sum;
 }
 
-}  // namespace winograd
+}  // namespace convolution
 }  // namespace rlrp

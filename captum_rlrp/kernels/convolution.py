@@ -1,10 +1,12 @@
-"""Convolutions by Winograd's algorithm, 3×3 or along one axis, in fewer multiplications.
+"""Our own convolutions, with what follows applied on the way: of 3×3, along one axis, and of 1×1.
 
-float32 on the CPU, channels in multiples of 32; :func:`covers` tells.
+The first two go by Winograd's algorithm, in fewer multiplications. float32 on the CPU, channels in
+multiples of 32; :func:`covers` tells.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,6 +20,7 @@ from captum_rlrp.kernels.onednn import Operand
 _MULTIPLE = 32  # of which numbers of channels must be
 # Patches of 2×2 outputs, up to which transforming filters of 3×3 takes longer than is gained.
 _FEW_PATCHES = 24
+_FEW_PIXELS = 4  # likewise, of 1×1
 _TAPS = range(3, 33)  # along one axis
 _MOST_STRIDE = 2  # beyond which its input gradient falls apart into too many convolutions
 
@@ -29,7 +32,7 @@ class Filters(NamedTuple):
     """Filters of an image or a signal, and what follows them.
 
     Attributes:
-        weight: ``(K, C, 3, 3)``, ``(K, C, 1, k)``, ``(K, C, k, 1)`` or ``(K, C, k)``.
+        weight: ``(K, C, 3, 3)``, ``(K, C, 1, k)``, ``(K, C, k, 1)`` or ``(K, C, k)``; k may be 1.
         scale: What each filter's result is multiplied by; None means 1.
         shift: What is added to it then; None means 0.
         stride: One number for each axis.
@@ -69,7 +72,11 @@ def covers(
         and x.dtype == weight.dtype == torch.float32
         and len(x.shape) == weight.dim()
         and all(p < k for p, k in zip(padding, weight.shape[2:], strict=True))
-        and (_is_line(weight, stride) or (_is_square(weight, stride) and _has_patches(x)))
+        and (
+            _is_line(weight, stride)
+            or (_is_square(weight, stride) and _patches(x) > _FEW_PATCHES)
+            or (_is_point(weight, stride) and _pixels(x) > _FEW_PIXELS)
+        )
     )
 
 
@@ -88,11 +95,19 @@ def _is_line(weight: Tensor, stride: Sequence[int]) -> bool:
     )
 
 
-def _has_patches(x: Operand) -> bool:
-    return x.shape[0] * (x.shape[2] // 2) * (x.shape[3] // 2) > _FEW_PATCHES
+def _is_point(weight: Tensor, stride: Sequence[int]) -> bool:
+    return math.prod(weight.shape[2:]) == 1 and max(stride) == 1
 
 
-def convolution(
+def _patches(x: Operand) -> int:
+    return x.shape[0] * (x.shape[2] // 2) * (x.shape[3] // 2)
+
+
+def _pixels(x: Operand) -> int:
+    return x.shape[0] * math.prod(x.shape[2:])
+
+
+def forward(
     x: Tensor, filters: Filters, other: Tensor | None = None, *, relu: bool = False
 ) -> tuple[Tensor, Tensor]:
     """``scale · (weight ∗ x) + shift + other``, and each filter's ``scale · Σ |weight|``.
@@ -106,7 +121,7 @@ def convolution(
     weight, scale, shift, stride, padding = filters.as_image()
     image = _as_image(x)
     other = None if other is None else _as_image(other)
-    y, mass = ops.winograd.default(image, weight, scale, shift, other, stride, padding, relu)
+    y, mass = ops.convolution.default(image, weight, scale, shift, other, stride, padding, relu)
     return y if x.dim() == 4 else y.squeeze(2), mass
 
 
@@ -114,7 +129,7 @@ def transpose(g: Tensor, filters: Filters, size: Sequence[int]) -> Tensor:
     """The transpose of ``x ↦ scale · (weight ∗ x)``: the input gradient, of that spatial size."""
     weight, scale, _, stride, padding = filters.as_image()
     size = [*size] if g.dim() == 4 else [1, *size]
-    result = ops.winograd_transpose.default(_as_image(g), weight, scale, size, stride, padding)
+    result = ops.convolution_transpose.default(_as_image(g), weight, scale, size, stride, padding)
     return result if g.dim() == 4 else result.squeeze(2)
 
 
@@ -126,7 +141,7 @@ def overwrites(x: Tensor) -> bool:
 def product(x: Tensor, g: Tensor, filters: Filters, factor: Tensor | None) -> Tensor:
     """Writes ``q = factor · x ⊙ transpose(g)`` over x; returns q's mass."""
     weight, scale, _, stride, padding = filters.as_image()
-    mass: Tensor = ops.winograd_product_.default(
+    mass: Tensor = ops.convolution_product_.default(
         _as_image(x), _as_image(g), weight, scale, factor, stride, padding
     )
     return mass

@@ -1,4 +1,4 @@
-// F(2, k) along one axis: taps are taken by threes, each by F(2, 3) with 4 multiplications for 2 outputs
+// Winograd's F(2, k) along one axis: taps are taken by threes, each by F(2, 3) with 4 multiplications for 2 outputs
 // instead of 6, and what is left over by F(2, 2) with 3 instead of 4, or by F(2, 1) with 2. Of 7 taps: 10
 // instead of 14. With a stride, those of each of its phases are taken together.
 //
@@ -8,13 +8,14 @@
 
 #include <algorithm>
 
-#include "winograd.h"
+#include "convolution.h"
 
 namespace rlrp {
-namespace winograd {
+namespace convolution {
 
 struct Line {
   static constexpr int kTerms = 4;
+  static constexpr bool kBuffers = true;  // transformed patches, and products
   struct Group {
     int64_t first, taps;  // from 1 to 3, `stride` apart
   };
@@ -124,5 +125,5 @@ struct Line {
   }
 };
 
-}  // namespace winograd
+}  // namespace convolution
 }  // namespace rlrp

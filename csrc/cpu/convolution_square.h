@@ -1,14 +1,15 @@
-// F(2×2, 3×3): 16 multiplications for every 4 outputs instead of 36 (Lavin and Gray, arXiv:1509.09308).
+// Winograd's F(2×2, 3×3): 16 multiplications for every 4 outputs instead of 36 (Lavin and Gray, arXiv:1509.09308).
 #pragma once
 
-#include "winograd.h"
+#include "convolution.h"
 
 namespace rlrp {
-namespace winograd {
+namespace convolution {
 
 struct Square {
   static constexpr int kPatch = 4, kStep = 2;
   static constexpr int kTerms = kPatch * kPatch;
+  static constexpr bool kBuffers = true;  // transformed patches, and products
   static constexpr int64_t outputs[2] = {kStep, kStep};
 
   int64_t depth(int) const { return 1; }
@@ -112,5 +113,5 @@ struct Square {
   }
 };
 
-}  // namespace winograd
+}  // namespace convolution
 }  // namespace rlrp

@@ -1,29 +1,25 @@
-// Convolutions of stride 1 over images in channels_last, and their input gradients, by Winograd's
-// algorithms: winograd_square.h for filters of 3×3, winograd_line.h for those along one axis.
+// Convolutions over images in channels_last, and their input gradients, with what follows applied on the way:
+// by Winograd's algorithms for filters of 3×3 (convolution_square.h) and those along one axis
+// (convolution_line.h), and as they are for 1×1 (convolution_point.h).
 //
-// An image is cut into overlapping patches, one for every few outputs. Patches and filters are transformed
-// to a few terms a channel; for each term, a matrix product over the channels; and back. That is done for
-// some of the filters and a block of patches at a time, few enough to stay in the caches.
+// An image is cut into patches, one for every few outputs. By Winograd's algorithms, patches and filters are
+// transformed to a few terms a channel; for each term, a matrix product over the channels; and back. That is
+// done for some of the filters and a block of patches at a time, few enough to stay in the caches.
 #include <algorithm>
-#include <numeric>
 #include <tuple>
 
-#include "winograd_line.h"
-#include "winograd_square.h"
+#include "convolution_line.h"
+#include "convolution_point.h"
+#include "convolution_square.h"
 
 namespace rlrp {
-namespace winograd {
+namespace convolution {
 namespace {
 
 constexpr int64_t kLeast = 8;          // patches that are worth a task of their own
 constexpr int64_t kFilters = 1 << 20;  // elements of the filters that are transformed at a time
 constexpr int64_t kMultiple = 32;      // channels come in multiples of it
 constexpr int64_t kMostTaps = 64;
-
-template <int kLanes>
-constexpr int kRows = kLanes == 16 ? 12 : 6;  // what the registers hold, times kColumns
-template <int kLanes>
-constexpr int kFewRows = kRows<kLanes> / 3;  // at the end of a block
 
 // Some rows of a matrix product: (kCount, depth) times (depth, a panel).
 template <int kLanes, int kCount>
@@ -49,21 +45,21 @@ RLRP_INLINE inline void multiply_rows(int64_t depth, const float* rows, const fl
 
 // The patches from one to another, at most kBlock of them.
 template <int kLanes, class Scheme>
-RLRP_INLINE inline void convolve(const Convolution& conv, const Scheme& scheme,
-                                 const Grid& grid, const Planes<Scheme::kTerms>& planes, const Range& range,
-                                 const float* filters, const float* zeros, int64_t first, int64_t last,
-                                 float* patches, float* products, float* masses) {
+RLRP_INLINE inline void convolve(const Work& work, const Scheme& scheme, const Planes<Scheme::kTerms>& planes,
+                                 int64_t first, int64_t last, float* buffer) {
   constexpr int kMany = kRows<kLanes>, kFew = kFewRows<kLanes>;
-  const int64_t out = range.count, count = last - first, rows = ceil_div(count, kFew) * kFew;
-  for (int64_t k = first; k < last; ++k) {
-    scheme.template transform_patch<kLanes>(conv, planes, grid.place(k), zeros, k - first, patches);
+  const Convolution& conv = work.conv;
+  const int64_t out = work.range.count, count = last - first, rows = ceil_div(count, kFew) * kFew;
+  float *patches = buffer, *products = buffer + planes.patches[Scheme::kTerms];
+  for (int64_t k = 0; k < count; ++k) {
+    scheme.template transform_patch<kLanes>(conv, planes, work.grid.place(first + k), work.zeros, k, patches);
   }
   for (int term = 0; term < Scheme::kTerms; ++term) {
     const int64_t depth = planes.depth[term];
     float *from = patches + planes.patches[term], *to = products + term * planes.products;
     std::fill_n(from + count * depth, (rows - count) * depth, 0.0f);
     for (int64_t c = 0; c < out; c += kPanel<kLanes>) {
-      const float* panel = filters + planes.filters[term] + c * depth;
+      const float* panel = work.filters + planes.filters[term] + c * depth;
       int64_t row = 0;
       for (; row + kMany <= rows; row += kMany) {
         multiply_rows<kLanes, kMany>(depth, from + row * depth, panel, to + row * out + c, out);
@@ -73,10 +69,10 @@ RLRP_INLINE inline void convolve(const Convolution& conv, const Scheme& scheme,
       }
     }
   }
-  for (int64_t k = first; k < last; ++k) {
-    const float* from = products + (k - first) * out;
-    const float mass = scheme.template finish_patch<kLanes>(conv, planes, range, grid.place(k), from);
-    if (masses) masses[k] += mass;
+  for (int64_t k = 0; k < count; ++k) {
+    const Place at = work.grid.place(first + k);
+    const float mass = scheme.template finish_patch<kLanes>(conv, planes, work.range, at, products + k * out);
+    if (conv.multiplies) work.masses[first + k] += mass;
   }
 }
 
@@ -102,12 +98,12 @@ void run_by(const Convolution& conv, const Scheme& scheme, const Tensor& model) 
   // Each task works through blocks of patches with buffers of its own.
   const int64_t tasks = min64(torch::stable::get_num_threads(), ceil_div(count, kLeast));
   const Planes<kTerms> largest = planes_of(most);
-  const int64_t patches = largest.patches[kTerms], products = kTerms * largest.products;
+  const int64_t each = Scheme::kBuffers ? largest.patches[kTerms] + kTerms * largest.products : 0;
   const auto workspace = [&](int64_t size) {
     return torch::stable::empty({size}, ScalarType::Float, std::nullopt, model.device(), std::nullopt,
                                 MemoryFormat::Contiguous);
   };
-  Tensor filters = workspace(largest.filters[kTerms]), buffers = workspace(tasks * (patches + products));
+  Tensor filters = workspace(largest.filters[kTerms]), buffers = workspace(tasks * each);
   float *filters_data = result_of<float>(filters), *buffers_data = result_of<float>(buffers);
   const std::vector<float> zeros(in, 0.0f);
   std::vector<float> masses(conv.multiplies ? count : 0, 0.0f);  // of each patch
@@ -120,22 +116,21 @@ void run_by(const Convolution& conv, const Scheme& scheme, const Tensor& model) 
                                                  filters_data);
       });
     });
+    const Work work{conv, grid, range, filters_data, zeros.data(), masses.data()};
     torch::stable::parallel_for(0, tasks, 1, [&](int64_t first_task, int64_t last_task) {
       simd::run_wide([&](auto lanes) RLRP_INLINE {
         for (int64_t task = first_task; task < last_task; ++task) {
-          float* buffer = buffers_data + task * (patches + products);
           const int64_t end = count * (task + 1) / tasks;
           for (int64_t first = count * task / tasks; first < end; first += kBlock) {
-            convolve<lanes>(conv, scheme, grid, planes, range, filters_data, zeros.data(), first,
-                            min64(first + kBlock, end), buffer, buffer + patches,
-                            conv.multiplies ? masses.data() : nullptr);
+            const int64_t last = min64(first + kBlock, end);
+            convolve<lanes>(work, scheme, planes, first, last, buffers_data + task * each);
           }
         }
       });
     });
   }
-  const int64_t each = grid.down * grid.along;
-  for (size_t k = 0; k < masses.size(); ++k) conv.mass[k / each] += masses[k];  // always in this order
+  const int64_t sample = grid.down * grid.along;
+  for (size_t k = 0; k < masses.size(); ++k) conv.mass[k / sample] += masses[k];  // always in this order
 }
 
 bool is_square(const int64_t (&kernel)[2]) { return kernel[0] == 3 && kernel[1] == 3; }
@@ -160,18 +155,19 @@ void turn(Convolution& conv, int axis, int64_t phase) {
 
 void run(const Convolution& conv, bool transpose, const Tensor& model) {
   const int axis = conv.kernel[0] == 1;
-  if (is_square(conv.kernel)) {
+  const bool line = conv.kernel[axis] > 1 && !is_square(conv.kernel);
+  for (int64_t phase = 0; phase < (transpose ? conv.stride[axis] : 1); ++phase) {
     Convolution turned = conv;
-    for (int i = 0; transpose && i < 2; ++i) turn(turned, i, 0);
-    run_by(turned, Square{}, model);
-  } else if (!transpose) {
-    run_by(conv, Line(axis, conv.kernel[axis], conv.stride[axis]), model);
-  } else {
-    for (int64_t phase = 0; phase < conv.stride[axis]; ++phase) {
-      Convolution turned = conv;
+    if (transpose) {
       turn(turned, axis, phase);
       turn(turned, 1 - axis, 0);
-      run_by(turned, Line(axis, turned.kernel[axis], 1), model);
+    }
+    if (line) {
+      run_by(turned, Line(axis, turned.kernel[axis], turned.stride[axis]), model);
+    } else if (is_square(conv.kernel)) {
+      run_by(turned, Square{}, model);
+    } else {
+      run_by(turned, Point{}, model);
     }
   }
 }
@@ -198,8 +194,8 @@ struct Arguments {
     std::copy_n(weight.sizes().begin() + 2, 2, conv.kernel);
     const auto [height, width] = conv.kernel;
     const bool square = is_square(conv.kernel);
-    RLRP_CHECK(square || (min64(height, width) == 1 && height + width > 2 && height + width <= kMostTaps + 1), op,
-               "weight must be of 3×3, or of 2 to ", kMostTaps, " taps along one axis");
+    RLRP_CHECK(square || (min64(height, width) == 1 && height + width <= kMostTaps + 1), op,
+               "weight must be of 3×3, or of at most ", kMostTaps, " taps along one axis");
     int64_t outputs[2];
     for (int i = 0; i < 2; ++i) {
       RLRP_CHECK(stride[i] == 1 || (!square && stride[i] > 1 && stride[i] <= conv.kernel[i]), op,
@@ -219,9 +215,10 @@ struct Arguments {
     conv.out = transpose ? Image::dense(weight.size(1), (*size)[0], (*size)[1])
                          : Image::dense(weight.size(0), outputs[0], outputs[1]);
     conv.x = data(image, true);
-    conv.filters = {data_of<float>(weight), weight.stride(transpose), weight.stride(!transpose),
-                    {weight.stride(2), weight.stride(3)}, vector("scale", scale, weight.size(0)),
-                    transpose ? 0 : 1, transpose ? 1 : 0, nullptr};
+    const bool strewn = height * width == 1 && weight.stride(0) != 1 && weight.stride(1) != 1;
+    const Tensor w = strewn ? kept.emplace_back(torch::stable::contiguous(weight)) : weight;
+    conv.filters = {data_of<float>(w), w.stride(transpose), w.stride(!transpose), {w.stride(2), w.stride(3)},
+                    vector("scale", scale, w.size(0)), transpose ? 0 : 1, transpose ? 1 : 0, nullptr};
   }
 
   Ints shape() const { return {conv.batch, conv.out.channels, conv.out.size[0], conv.out.size[1]}; }
@@ -244,10 +241,10 @@ struct Arguments {
   }
 };
 
-std::tuple<Tensor, Tensor> convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale,
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale,
                                        const std::optional<Tensor>& bias, const std::optional<Tensor>& other,
                                        const Ints& stride, const Ints& padding, bool relu) {
-  Arguments a("winograd", x, weight, scale, stride, padding);
+  Arguments a("convolution", x, weight, scale, stride, padding);
   a.conv.bias = a.vector("bias", bias, weight.size(0));
   a.conv.relu = relu;
   Tensor y = new_image(x, a.shape(), true), mass = new_image(x, {weight.size(0)}, false);
@@ -262,7 +259,7 @@ std::tuple<Tensor, Tensor> convolution(const Tensor& x, const Tensor& weight, co
 
 Tensor transpose(const Tensor& g, const Tensor& weight, const std::optional<Tensor>& scale, const Ints& size,
                  const Ints& stride, const Ints& padding) {
-  const char* op = "winograd_transpose";
+  const char* op = "convolution_transpose";
   RLRP_CHECK(size.size() == 2, op, "size must have 2 elements");
   Arguments a(op, g, weight, scale, stride, padding, &size);
   Tensor result = new_image(g, a.shape(), true);
@@ -270,10 +267,10 @@ Tensor transpose(const Tensor& g, const Tensor& weight, const std::optional<Tens
   return result;
 }
 
-// x becomes factor · x ⊙ winograd_transpose(g); returns the mass of it.
+// x becomes factor · x ⊙ convolution_transpose(g); returns the mass of it.
 Tensor product_(Tensor x, const Tensor& g, const Tensor& weight, const std::optional<Tensor>& scale,
                 const std::optional<Tensor>& factor, const Ints& stride, const Ints& padding) {
-  const char* op = "winograd_product_";
+  const char* op = "convolution_product_";
   RLRP_CHECK(x.dim() == 4, op, "x must have 4 axes");
   const Ints size = {x.size(2), x.size(3)};
   Arguments a(op, g, weight, scale, stride, padding, &size);
@@ -296,10 +293,10 @@ Tensor product_(Tensor x, const Tensor& g, const Tensor& weight, const std::opti
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(captum_rlrp, CPU, m) {
-  m.impl("winograd", TORCH_BOX(&convolution));
-  m.impl("winograd_transpose", TORCH_BOX(&transpose));
-  m.impl("winograd_product_", TORCH_BOX(&product_));
+  m.impl("convolution", TORCH_BOX(&forward));
+  m.impl("convolution_transpose", TORCH_BOX(&transpose));
+  m.impl("convolution_product_", TORCH_BOX(&product_));
 }
 
-}  // namespace winograd
+}  // namespace convolution
 }  // namespace rlrp
