@@ -48,13 +48,21 @@ DENSE = {  # rows, inputs, outputs
     "vgg16.fc2": (1, 4096, 4096),
     "vit_b_16.mlp": (197, 768, 3072),
 }
-WINOGRAD = [  # layer, batch, channels, filters, side
-    ("resnet50.layer1", 8, 64, 64, 56),
-    ("resnet50.layer3", 8, 256, 256, 14),
-    ("resnet50.layer3", 1, 256, 256, 14),
-    ("vgg16.conv1_2", 1, 64, 64, 224),
-    ("vgg16.conv4_2", 4, 512, 512, 28),
-    ("densenet121.block1", 4, 128, 32, 56),
+CONVOLUTIONS = [  # layer, batch, channels, filters, size, taps, stride along rows
+    ("resnet50.layer1.conv2", 8, 64, 64, (56, 56), (3, 3), 1),
+    ("resnet50.layer3.conv2", 8, 256, 256, (14, 14), (3, 3), 1),
+    ("resnet50.layer3.conv2", 1, 256, 256, (14, 14), (3, 3), 1),
+    ("vgg16.conv1_2", 1, 64, 64, (224, 224), (3, 3), 1),
+    ("vgg16.conv4_2", 4, 512, 512, (28, 28), (3, 3), 1),
+    ("densenet121.block1", 4, 128, 32, (56, 56), (3, 3), 1),
+    ("resnet50.layer1.conv3", 8, 64, 256, (56, 56), (1, 1), 1),
+    ("resnet50.layer3.conv1", 8, 1024, 256, (14, 14), (1, 1), 1),
+    ("resnet50.layer4.conv3", 1, 512, 2048, (7, 7), (1, 1), 1),
+    ("densenet121.transition1", 4, 256, 128, (56, 56), (1, 1), 1),
+    ("inception_v3.mixed_6b", 4, 128, 128, (17, 17), (1, 7), 1),
+    ("cnn_1d.3", 1, 64, 64, (1, 1024), (1, 7), 1),
+    ("cnn_1d.6", 1, 128, 256, (1, 512), (1, 7), 2),
+    ("cnn_1d.7", 8, 256, 256, (1, 256), (1, 7), 1),
 ]
 FIRST_LAYERS = {  # filters, kernel, stride, padding, side of the output
     "vgg16.conv1_1": (64, 3, 1, 1, 224),
@@ -252,25 +260,27 @@ def test_pointwise_gradient(benchmark, shape):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a kernel for the CPU")
-@pytest.mark.parametrize("layer", WINOGRAD, ids=str)
+@pytest.mark.parametrize("layer", CONVOLUTIONS, ids=str)
 @pytest.mark.parametrize("direction", ["forward", "product"])
-def test_winograd(benchmark, direction, layer):
+def test_convolution(benchmark, direction, layer):
     """Filters as each side likes them best: laid out as the image, and as modules have them."""
-    name, batch, channels, out, side = layer
-    x = make((batch, channels, side, side), torch.float32, torch.channels_last)
-    g = make((batch, out, side, side), torch.float32, torch.channels_last)
-    weight = make((out, channels, 3, 3), torch.float32, torch.channels_last)
+    name, batch, channels, out, size, taps, stride = layer
+    strides, padding = [1, stride], [(k - 1) // 2 for k in taps]
+    x = make((batch, channels, *size), torch.float32, torch.channels_last)
+    weight = make((out, channels, *taps), torch.float32, torch.channels_last)
     bias = torch.zeros(out)
-    filters = convolution.Filters(weight.contiguous(), None, bias, [1, 1], [1, 1])
-    fused = ([1, 1], [1, 1], [1, 1], 1, "relu", [], "")
+    filters = convolution.Filters(weight.contiguous(), None, bias, strides, padding)
+    fused = (padding, strides, [1, 1], 1, "relu", [], "")
+    g = torch.randn_like(convolution.forward(x, filters)[0])
     sides = {
         "forward": (
             lambda: torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *fused),
             lambda: convolution.forward(x, filters, relu=True),
         ),
         "product": (
-            lambda: plain_product(x, reference.conv(g, weight, x.shape, 1, 1)),
+            lambda: plain_product(x, reference.conv(g, weight, x.shape, strides, padding)),
             lambda: convolution.product(x, g, filters, None),
         ),
     }[direction]
-    compare(benchmark, f"3×3 {direction} {name}, batch {batch}", *sides)
+    kind = "×".join(map(str, taps)) + (f" stride {stride}" if stride > 1 else "")
+    compare(benchmark, f"{kind} {direction} {name}, batch {batch}", *sides)

@@ -1,6 +1,6 @@
-// Winograd's F(2, k) along one axis: taps are taken by threes, each by F(2, 3) with 4 multiplications for 2 outputs
-// instead of 6, and what is left over by F(2, 2) with 3 instead of 4, or by F(2, 1) with 2. Of 7 taps: 10
-// instead of 14. With a stride, those of each of its phases are taken together.
+// Winograd's F(2, k) along one axis: taps are taken by threes, each by F(2, 3) with 4 multiplications for 2
+// outputs instead of 6, and what is left over by F(2, 2) with 3 instead of 4, or by F(2, 1) with 2. Of 7 taps:
+// 10 instead of 14. With a stride, those of each of its phases are taken together.
 //
 // All of these end in the same 4 terms, so that one matrix product runs over channels and groups of taps:
 //   y0 = m0 + m1 + m2,  y1 = m1 - m2 - m3.

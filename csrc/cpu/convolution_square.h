@@ -1,4 +1,5 @@
-// Winograd's F(2×2, 3×3): 16 multiplications for every 4 outputs instead of 36 (Lavin and Gray, arXiv:1509.09308).
+// Winograd's F(2×2, 3×3): 16 multiplications for every 4 outputs instead of 36 (Lavin and Gray,
+// arXiv:1509.09308).
 #pragma once
 
 #include "convolution.h"
