@@ -21,21 +21,13 @@ constexpr int64_t kFilters = 1 << 20;  // elements of the filters that are trans
 constexpr int64_t kMultiple = 32;      // channels come in multiples of it
 constexpr int64_t kMostTaps = 64;
 
-// Some rows of a matrix product: (kCount, depth) times (depth, a panel).
+// Some rows of a matrix product.
 template <int kLanes, int kCount>
 RLRP_INLINE inline void multiply_rows(int64_t depth, const float* rows, const float* panel, float* result,
                                       int64_t result_step) {
   Vector<kLanes> sum[kCount][kColumns] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    Vector<kLanes> factor[kColumns];
-#pragma GCC unroll 2
-    for (int j = 0; j < kColumns; ++j) factor[j] = load<kLanes>(panel + (k * kColumns + j) * kLanes);
-#pragma GCC unroll 12
-    for (int r = 0; r < kCount; ++r) {
-#pragma GCC unroll 2
-      for (int j = 0; j < kColumns; ++j) sum[r][j] += rows[r * depth + k] * factor[j];
-    }
-  }
+  multiply<kLanes, kCount>(
+      depth, [&](int r, int64_t k) RLRP_INLINE { return rows[r * depth + k]; }, panel, sum);
 #pragma GCC unroll 12
   for (int r = 0; r < kCount; ++r) {
 #pragma GCC unroll 2
@@ -155,19 +147,18 @@ void turn(Convolution& conv, int axis, int64_t phase) {
 
 void run(const Convolution& conv, bool transpose, const Tensor& model) {
   const int axis = conv.kernel[0] == 1;
-  const bool line = conv.kernel[axis] > 1 && !is_square(conv.kernel);
   for (int64_t phase = 0; phase < (transpose ? conv.stride[axis] : 1); ++phase) {
     Convolution turned = conv;
     if (transpose) {
       turn(turned, axis, phase);
       turn(turned, 1 - axis, 0);
     }
-    if (line) {
-      run_by(turned, Line(axis, turned.kernel[axis], turned.stride[axis]), model);
-    } else if (is_square(conv.kernel)) {
+    if (is_square(conv.kernel)) {
       run_by(turned, Square{}, model);
-    } else {
+    } else if (conv.kernel[axis] == 1) {
       run_by(turned, Point{}, model);
+    } else {
+      run_by(turned, Line(axis, turned.kernel[axis], turned.stride[axis]), model);
     }
   }
 }
@@ -242,8 +233,8 @@ struct Arguments {
 };
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale,
-                                       const std::optional<Tensor>& bias, const std::optional<Tensor>& other,
-                                       const Ints& stride, const Ints& padding, bool relu) {
+                                   const std::optional<Tensor>& bias, const std::optional<Tensor>& other,
+                                   const Ints& stride, const Ints& padding, bool relu) {
   Arguments a("convolution", x, weight, scale, stride, padding);
   a.conv.bias = a.vector("bias", bias, weight.size(0));
   a.conv.relu = relu;

@@ -126,6 +126,22 @@ struct Taps {
   }
 };
 
+// Adds up some rows of a matrix product: (kCount, depth) times (depth, a panel). at(r, k) is the left factor.
+template <int kLanes, int kCount, class At>
+RLRP_INLINE inline void multiply(int64_t depth, const At& at, const float* panel,
+                                 Vector<kLanes> (&sum)[kCount][kColumns]) {
+  for (int64_t k = 0; k < depth; ++k) {
+    Vector<kLanes> factor[kColumns];
+#pragma GCC unroll 2
+    for (int j = 0; j < kColumns; ++j) factor[j] = load<kLanes>(panel + (k * kColumns + j) * kLanes);
+#pragma GCC unroll 12
+    for (int r = 0; r < kCount; ++r) {
+#pragma GCC unroll 2
+      for (int j = 0; j < kColumns; ++j) sum[r][j] += at(r, k) * factor[j];
+    }
+  }
+}
+
 // What becomes of some channels of an output: offset says where they lie. Adds to the mass.
 template <int kLanes>
 RLRP_INLINE inline void put(const Convolution& conv, int64_t offset, const Vector<kLanes>& output,

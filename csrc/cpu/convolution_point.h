@@ -94,16 +94,8 @@ RLRP_INLINE inline void multiply_pixels(const Convolution& conv, Pixels<kLanes>&
     }
   }
   Vector<kLanes> sum[kCount][kColumns] = {};
-  for (int64_t k = 0; k < conv.in.channels; ++k) {
-    Vector<kLanes> factor[kColumns];
-#pragma GCC unroll 2
-    for (int j = 0; j < kColumns; ++j) factor[j] = load<kLanes>(panel + (k * kColumns + j) * kLanes);
-#pragma GCC unroll 12
-    for (int r = 0; r < kCount; ++r) {
-#pragma GCC unroll 2
-      for (int j = 0; j < kColumns; ++j) sum[r][j] += row[r][k] * factor[j];
-    }
-  }
+  multiply<kLanes, kCount>(
+      conv.in.channels, [&](int r, int64_t k) RLRP_INLINE { return row[r][k]; }, panel, sum);
 #pragma GCC unroll 12
   for (int r = 0; r < kCount; ++r) {
 #pragma GCC unroll 2
