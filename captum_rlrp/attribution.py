@@ -476,7 +476,9 @@ def _start(
         )
     chosen = chosen.reshape(-1)
     start.view(-1).index_fill_(0, chosen, 1)
-    return start, chosen % shape[1] if len(shape) == 2 else None
+    if len(shape) != 2:
+        return start, None
+    return start, chosen if batch == 1 else chosen % shape[1]
 
 
 def _choose(output: Tensor, target: Any, whole: int, rows: slice, name: str) -> Tensor:

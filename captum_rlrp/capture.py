@@ -668,4 +668,6 @@ def bind(node: Node) -> dict[str, Any]:
 
 def flatten_arguments(args: Sequence[Any]) -> list[Any]:
     """The arguments in the order of the graph's placeholders."""
+    if all(isinstance(arg, Tensor) for arg in args):
+        return list(args)
     return tree_flatten(tuple(args))[0]

@@ -22,6 +22,7 @@ from .instructions import (
     InPlace,
     Instruction,
     Linear,
+    ReluInPlace,
     RememberedMaxPool,
     RestoredSum,
     WinnersPool,
@@ -278,7 +279,9 @@ def _in_place_twin(call: Call) -> Any:
     return getattr(packet, call.target._overloadname, None) if packet is not None else None
 
 
-def _in_place(step: Single, users: dict[Node, list[Node]], kept: frozenset[Node]) -> InPlace | None:
+def _in_place(
+    step: Single, users: dict[Node, list[Node]], kept: frozenset[Node]
+) -> InPlace | ReluInPlace | None:
     call = step.call
     if not isinstance(step.rule, PassThrough) or _in_place_twin(call) is None:
         return None
@@ -289,7 +292,11 @@ def _in_place(step: Single, users: dict[Node, list[Node]], kept: frozenset[Node]
         and users[operand] == [call.node]
         and operand not in kept
     )
-    return InPlace(call, _overwriting(call)) if owned else None
+    if not owned:
+        return None
+    if call.target is aten.relu.default:
+        return ReluInPlace(call)
+    return InPlace(call, _overwriting(call))
 
 
 # Ops whose result is new memory that nothing else shares.

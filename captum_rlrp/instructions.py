@@ -189,6 +189,9 @@ class FusedConvolution:
             y = y.add_(other)
         if self.activate is None:
             return y
+        assert self.activation is not None
+        if self.activation.target is aten.relu.default:
+            return run.relu_(y)
         run.watch(y)
         return self.activate(y)
 
@@ -268,6 +271,14 @@ class InPlace(_OneCall):
 
 
 @dataclass(frozen=True, eq=False)
+class ReluInPlace(_OneCall):
+    """The same for ReLU; the operand is watched on the way."""
+
+    def __call__(self, run: Run) -> Tensor:
+        return run.relu_(run.value(self.call.active[0]))
+
+
+@dataclass(frozen=True, eq=False)
 class WinnersPool(_OneCall):
     """Max pooling that leaves the winners for the way back, so that its input is not kept."""
 
@@ -284,14 +295,15 @@ class Linear(_OneCall):
 
     def __call__(self, run: Run) -> Tensor:
         args = self.call.args
-        x, weight, bias = (run.value(args[name]) for name in ("input", "weight", "bias"))
+        x, weight = run.value(args["input"]), run.value(args["weight"])
+        bias = run.value(args["bias"])
         if onednn.multiplies(x, weight):
             return onednn.linear(x, weight, bias)
         y: Tensor = self.call.target(x, weight, bias)
         return y
 
 
-Instruction = FusedConvolution | InPlace | Linear | WinnersPool
+Instruction = FusedConvolution | InPlace | Linear | ReluInPlace | WinnersPool
 
 
 class RememberedMaxPool(MaxPool):

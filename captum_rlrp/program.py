@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from .capture import CapturedGraph, place_of, unshared
 from .errors import NonFiniteError
-from .instructions import Instruction, batch_norms
+from .instructions import Instruction, ReluInPlace, batch_norms
 from .kernels.reference import same_layout
 from .layout import Layout, memory_format
 from .rules import Call, Part, Relevance
@@ -87,6 +87,11 @@ class Program:
             and isinstance(step.rule, PassThrough)
             and step.rule.saturates(step.call)
         }
+        self.watched = {
+            node: operand
+            for node, operand in self.saturates.items()
+            if not isinstance(self.instructions.get(node), ReluInPlace)
+        }
         last: dict[Node, int] = {}
         for i, node in enumerate(self.calls):
             made = self.instructions.get(node)
@@ -144,8 +149,8 @@ class Run:
             norms(self)
         for i, node in enumerate(program.calls):
             made = program.instructions.get(node)
-            if node in program.saturates and program.saturates[node] in values:
-                self.watch(values[program.saturates[node]])
+            if node in program.watched and program.watched[node] in values:
+                self.watch(values[program.watched[node]])
             if made is not None:
                 value = made(self)
                 self._remember(value, *made.covers)
@@ -178,7 +183,7 @@ class Run:
 
     def value(self, argument: Any) -> Any:
         """The value of a node, or of an argument made of nodes."""
-        return self._resolve(argument)
+        return self._values[argument] if type(argument) is Node else self._resolve(argument)
 
     def like(self, node: Node) -> Like:
         """Shape, dtype and device of a value, kept or not."""
@@ -311,7 +316,9 @@ class Run:
         assert r.mass is not None
         layout, shape = self.layout(node), g.shape
         v = self._values[node] if part is None else self._values[node][part]
-        v = layout.samples_first(v.to(g.dtype), self.batch)
+        if v.dtype != g.dtype:
+            v = v.to(g.dtype)
+        v = layout.samples_first(v, self.batch)
         g = layout.samples_first(g, self.batch)
         if part is not None:  # v lies scattered: the result is better laid out as g is
             v, g, may_overwrite = g, v, False
@@ -319,14 +326,15 @@ class Run:
         elif node in self._spent and same_layout(v, g):
             v, g, may_overwrite = g, v, True
         q, s = self.kernels.product(v, g, r.factor, inplace=may_overwrite)
-        return self.carried(layout.restore(q, shape), s, r)._replace(part=part)
+        carried = self.carried(layout.restore(q, shape), s, r)
+        return carried if part is None else carried._replace(part=part)
 
     def carried(self, q: Tensor, mass: Tensor, r: Relevance) -> Relevance:
         """Products of that mass, carried to the mass of `r`."""
         assert r.mass is not None
         self._masses.append(mass)
         # Where ‖q‖₁ = 0, q is 0 and stays 0 whatever the factor, as long as that is finite.
-        factor = r.mass / mass.clamp_min(torch.finfo(mass.dtype).tiny)
+        factor = r.mass / mass.clamp_min(_TINY[mass.dtype])
         return Relevance(q, factor, r.mass, owned=True)
 
     def spent(self, node: Node) -> Tensor | None:
@@ -338,12 +346,11 @@ class Run:
 
     def whole(self, node: Node, terms: list[Relevance]) -> list[Relevance]:
         """Terms that lie in a part of the value only, written into one that fills all of it."""
-        if all(term.part is None for term in terms):
+        parts = [term for term in terms if term.part is not None]
+        if not parts:
             return terms
         result = [term for term in terms if term.part is None]
-        for term in terms:
-            if term.part is None:
-                continue
+        for term in parts:
             at = next((i for i, t in enumerate(result) if t.owned), None)
             if at is None:
                 like = self.like(node)
@@ -404,7 +411,7 @@ class Run:
             right = right * r.factor
         violation = (left - right).abs() * q.factor / r.mass
         # Where no mass arrived or ‖q‖₁ = 0 there is nothing to violate.
-        carries = q.factor < 0.5 * r.mass / torch.finfo(q.factor.dtype).tiny
+        carries = q.factor < 0.5 * r.mass / _TINY[q.factor.dtype]
         violation = torch.where(carries, violation, 0.0)
         self._delta = violation if self._delta is None else torch.maximum(self._delta, violation)
 
@@ -478,6 +485,11 @@ class Run:
         """
         self._watched.append(value.sum(dtype=torch.promote_types(value.dtype, torch.float32)))
 
+    def relu_(self, value: Tensor) -> Tensor:
+        """Overwrites a value with its ReLU, and watches it in the same pass."""
+        self._watched.append(self.kernels.relu_(value))
+        return value
+
     def watch_convolution(
         self,
         source: Node,
@@ -521,12 +533,11 @@ class Run:
             Those of what relevance met: one for each input, one of the output, one of all masses.
             Then those of the watched values, which may be infinite where values are merely huge.
         """
-        # float64 has room for any sum of the others.
-        met = [x.sum(dtype=torch.float64) for x in (*inputs, self.output)]
-        return torch.stack([*met, torch.cat(self._masses).sum(dtype=torch.float64), *self._watched])
+        return self.kernels.sums([*inputs, self.output, torch.cat(self._masses), *self._watched])
 
 
 _PLAIN = Layout()  # the batch comes first
+_TINY = {dtype: torch.finfo(dtype).tiny for dtype in (torch.float32, torch.float64)}
 _LARGE = 1e74  # the square of what float32 holds, and some room
 
 

@@ -59,7 +59,7 @@ struct Given {
 };
 
 inline std::optional<Tensor> packed(const std::optional<Tensor>& factor) {
-  if (!factor) return std::nullopt;
+  if (!factor || factor->is_contiguous()) return factor;
   return torch::stable::contiguous(*factor);
 }
 
@@ -74,7 +74,7 @@ struct Elementwise {
 
   static Pair product(const Tensor& x, const Tensor& g, const Factor& factor) {
     check_product("product", x, g, factor);
-    Tensor q = torch::stable::empty_like(x);
+    Tensor q = new_like(x);
     return {q, multiply(x, g, factor, q)};
   }
 
@@ -87,7 +87,7 @@ struct Elementwise {
   static Pair accumulate(const Tensor& t, const Factor& t_factor, const Factor& u,
                          const Factor& u_factor) {
     check_terms("accumulate", t, t_factor, u, u_factor);
-    Tensor r = torch::stable::empty_like(t);
+    Tensor r = new_like(t);
     return {r, sum(r, t, t_factor, u, u_factor)};
   }
 
@@ -103,7 +103,7 @@ struct Elementwise {
   static Quadruple split(const Tensor& a, const Tensor& b, const Tensor& t, const Factor& t_factor,
                          const Factor& u, const Factor& u_factor, bool from_sum) {
     check_split("split", a, b, t, t_factor, u, u_factor);
-    Tensor r_a = torch::stable::empty_like(t), r_b = torch::stable::empty_like(t);
+    Tensor r_a = new_like(t), r_b = new_like(t);
     const auto [s_a, s_b] = share(a, b, t, t_factor, u, u_factor, from_sum, r_a, r_b);
     return {r_a, s_a, r_b, s_b};
   }

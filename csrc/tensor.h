@@ -1,6 +1,7 @@
 // Between tensors and kernels: checks, dtype dispatch, layouts. Used by the CPU and the CUDA ops alike.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -81,10 +82,28 @@ inline void check_factor(const char* op, const char* name, const std::optional<T
              " must have one element per sample");
 }
 
-inline Tensor new_masses(const Tensor& t) {
-  const int64_t batch = t.size(0);
-  return torch::stable::new_empty(t, {&batch, 1}, mass_type(t.scalar_type()));
+// Uninitialised, on the device of t. By the C function, as torch::stable's look their op up by its name in every
+// call, which takes longer than a small kernel.
+inline Tensor new_strided(const Tensor& t, int64_t axes, const int64_t* sizes, const int64_t* strides,
+                          ScalarType dtype) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  int32_t device = 0;
+  AtenTensorHandle made = nullptr;
+  const bool done =
+      aoti_torch_get_device_type(t.get(), &device) == AOTI_TORCH_SUCCESS &&
+      aoti_torch_empty_strided(axes, sizes, strides, to<int32_t>(from(dtype)), device, t.get_device_index(),
+                               &made) == AOTI_TORCH_SUCCESS;
+  RLRP_CHECK(done, "new_strided", "no memory for the result");
+  return Tensor(made);
 }
+
+inline Tensor new_vector(const Tensor& t, int64_t size, ScalarType dtype) {
+  const int64_t step = 1;
+  return new_strided(t, 1, &size, &step, dtype);
+}
+
+inline Tensor new_masses(const Tensor& t) { return new_vector(t, t.size(0), mass_type(t.scalar_type())); }
 
 template <class T>
 const T* data_of(const Tensor& t) {
@@ -167,6 +186,12 @@ inline Tensor new_image(const Tensor& t, const Ints& shape, bool channels_last,
   }
   return torch::stable::empty(shape, dtype.value_or(t.scalar_type()), std::nullopt, t.device(), std::nullopt,
                               format_of(t, channels_last));
+}
+
+// Laid out as t is.
+inline Tensor new_like(const Tensor& t) {
+  if (!t.is_contiguous()) return torch::stable::empty_like(t);
+  return new_strided(t, t.dim(), t.sizes().data(), t.strides().data(), t.scalar_type());
 }
 
 inline Ints sizes_of(const Tensor& t) {

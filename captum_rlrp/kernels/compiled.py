@@ -31,7 +31,9 @@ __all__ = [
     "max_pool",
     "max_unpool",
     "product",
+    "relu_",
     "split",
+    "sums",
 ]
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -40,12 +42,14 @@ MAX_AXES = 8
 
 def _covers(first: Tensor, *others: Tensor) -> bool:
     """Whether the extension runs on tensors of this device and (common) dtype."""
-    device = first.device
+    device, dtype = first.device, first.dtype
+    for t in others:
+        if t.dtype != dtype or t.device != device:
+            return False
     return (
         (device.type == "cpu" or (device.type == "cuda" and extension.cuda_available()))
-        and first.dtype in DTYPES
+        and dtype in DTYPES
         and 1 <= first.dim() <= MAX_AXES
-        and all(t.dtype == first.dtype and t.device == device for t in others)
     )
 
 
@@ -106,6 +110,22 @@ def _at_most_two(terms: Sequence[Term]) -> _Short | None:
             ops.accumulate_.default(total, total, None, t, factor)
         return (total, None, *terms[-1])
     return (*terms[0], *terms[1]) if len(terms) == 2 else (*terms[0], None, None)
+
+
+def relu_(x: Tensor) -> Tensor:
+    """See :func:`captum_rlrp.kernels.reference.relu_`."""
+    if x.device.type != "cpu" or not _covers(x):
+        return reference.relu_(x)
+    before: Tensor = ops.relu_.default(x)
+    return before
+
+
+def sums(values: Sequence[Tensor]) -> Tensor:
+    """See :func:`captum_rlrp.kernels.reference.sums`."""
+    if all(v.device.type == "cpu" and v.dtype in DTYPES for v in values):
+        result: Tensor = ops.sums.default(values)
+        return result
+    return reference.sums(values)
 
 
 # ---- pooling ---------------------------------------------------------------------------------
@@ -340,6 +360,8 @@ def _register_fakes() -> None:
         lambda a, b, t, *_: (torch.empty_like(t), _masses(t), torch.empty_like(t), _masses(t))
     )
     fake("captum_rlrp::split_")(lambda a, b, t, *_: (_masses(t), _masses(t)))
+    fake("captum_rlrp::relu_")(_masses)
+    fake("captum_rlrp::sums")(lambda v: v[0].new_empty(len(v), dtype=torch.float64))
     fake("captum_rlrp::max_pool")(_fake_max_pool)
     fake("captum_rlrp::max_unpool")(lambda r, winners, shape, *_: _image(r, shape))
     fake("captum_rlrp::adaptive_max_pool")(

@@ -166,7 +166,7 @@ def multiplies(x: Tensor, weight: Tensor) -> bool:
     return (
         x.dim() > 1
         and weight.dim() == 2
-        and x.numel() * len(weight) >= _FEW_PRODUCTS
+        and x.numel() * weight.shape[0] >= _FEW_PRODUCTS
         and _runs_on(x, weight)
     )
 

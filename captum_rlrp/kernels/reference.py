@@ -109,6 +109,20 @@ def split(
     return r_a, mass(r_a), r_b, mass(r_b)
 
 
+def relu_(x: Tensor) -> Tensor:
+    """Overwrites x with ``max(x, 0)``; returns the mass x had."""
+    # Not mass(), which makes a tensor of all absolute values.
+    inner = tuple(range(1, x.dim()))
+    before = torch.linalg.vector_norm(x, 1, inner, dtype=torch.float64) if inner else x.abs()
+    x.relu_()
+    return before.to(accumulation_dtype(x.dtype))
+
+
+def sums(values: Sequence[Tensor]) -> Tensor:
+    """The sum of each tensor, in float64: of 32 or 16 bits, finite if all elements are."""
+    return torch.stack([value.sum(dtype=torch.float64) for value in values])
+
+
 # ---- pooling -----------------------------------------------------------------------------------
 
 

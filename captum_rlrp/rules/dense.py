@@ -48,7 +48,9 @@ class Dense(Matmul):
     def transpose(self, run: Run, call: Call, g: Tensor) -> Tensor:
         if not self._constant_weight(call):
             return adjoint(run, call, self.operand(call), g, {"bias": None})
-        weight = run.value(call.args["weight"]).to(g.dtype)
+        weight: Tensor = run.value(call.args["weight"])
+        if weight.dtype != g.dtype:
+            weight = weight.to(g.dtype)
         column = run.start_column(call.node)
         if column is not None:
             return run.kernels.linear_rows(weight, column)

@@ -30,6 +30,34 @@ RLRP_HD double product_row(int64_t count, const T* x, int64_t x_step, const T* g
   return mass;
 }
 
+// max(x, 0), and the mass of what was there before; a NaN stays.
+template <class T>
+RLRP_HD double relu_row(int64_t count, T* x, int64_t step) {
+  using A = wide_t<T>;
+  double mass = 0;
+  for (int64_t start = 0; start < count; start += kBlock) {
+    const int64_t end = count < start + kBlock ? count : start + kBlock;
+    A sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = start; i < end; ++i) {
+      const A value = widen(x[i * step]);
+      sum += absolute(value);
+      x[i * step] = narrow<T>(value < A(0) ? A(0) : value);
+    }
+    mass += static_cast<double>(sum);
+  }
+  return mass;
+}
+
+// In double from the start: finite whenever all elements are.
+template <class T>
+RLRP_HD double sum_row(int64_t count, const T* x) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(widen(x[i]));
+  return sum;
+}
+
 template <class T, bool kTwo>
 RLRP_HD double accumulate_row(int64_t count, Terms<T, kTwo> terms, T* r, int64_t r_step) {
   using A = wide_t<T>;

@@ -1,7 +1,8 @@
-// product, accumulate and split: one pass that writes the result and sums its absolute values.
+// Element by element: one pass that writes the result and sums absolute values.
 #include "core/rows.h"
 
 #include <array>
+#include <numeric>
 
 #include "elementwise.h"
 #include "simd.h"
@@ -126,6 +127,51 @@ struct Cpu {
   }
 };
 
+// Overwrites x; returns the mass it had.
+Tensor relu_(const Tensor& x) {
+  check_first("relu_", "x", x);
+  check_writable("relu_", "x", x);
+  Tensor s = new_masses(x);
+  dispatch(x.scalar_type(), "relu_", [&](auto zero) {
+    using T = decltype(zero);
+    T* data = result_of<T>(x);
+    const auto layout = layout_of(x);
+    const int64_t step = layout.axes.step(0);
+    sweep<1, 1>(layout, {&s}, [=](int64_t, const int64_t* o, int64_t count) RLRP_INLINE {
+      return Masses<1>{step == 1 ? relu_row(count, data + o[0], 1) : relu_row(count, data + o[0], step)};
+    });
+  });
+  return s;
+}
+
+template <class T>
+double sum_of(const T* x, int64_t numel) {
+  std::vector<double> partial(ceil_div(numel, kPiece));
+  torch::stable::parallel_for(0, partial.size(), kGrain, [&](int64_t from, int64_t to) {
+    for (int64_t piece = from; piece < to; ++piece) {
+      simd::run([&]() RLRP_INLINE {
+        const int64_t start = piece * kPiece;
+        partial[piece] = sum_row(min64(kPiece, numel - start), x + start);
+      });
+    }
+  });
+  return std::accumulate(partial.begin(), partial.end(), 0.0);
+}
+
+// The sum of each tensor.
+Tensor sums(const std::vector<Tensor>& values) {
+  RLRP_CHECK(!values.empty(), "sums", "needs a tensor at least");
+  Tensor result = new_vector(values[0], values.size(), ScalarType::Double);
+  double* to = result_of<double>(result);
+  for (const Tensor& value : values) {
+    const Tensor t = value.is_contiguous() ? value : dense(value, prefers_channels_last(value));
+    dispatch(t.scalar_type(), "sums", [&](auto zero) {
+      *to++ = sum_of(data_of<decltype(zero)>(t), t.numel());
+    });
+  }
+  return result;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(captum_rlrp, CPU, m) {
@@ -135,6 +181,8 @@ STABLE_TORCH_LIBRARY_IMPL(captum_rlrp, CPU, m) {
   m.impl("accumulate_", TORCH_BOX(&Elementwise<Cpu>::accumulate_));
   m.impl("split", TORCH_BOX(&Elementwise<Cpu>::split));
   m.impl("split_", TORCH_BOX(&Elementwise<Cpu>::split_));
+  m.impl("relu_", TORCH_BOX(&relu_));
+  m.impl("sums", TORCH_BOX(&sums));
 }
 
 }  // namespace rlrp

@@ -76,9 +76,7 @@ void sweep(const char* op, const Layout<K>& layout, const Tensor* const (&masses
   const int64_t numel = layout.numel();
   const int64_t pieces = ceil_div(numel, kPiece);
   const int64_t blocks = layout.batch * pieces;
-  const int64_t size[1] = {S * blocks};
-  const Tensor partial =
-      torch::stable::new_empty(*masses[0], {size, 1}, ScalarType::Double);
+  const Tensor partial = new_vector(*masses[0], S * blocks, ScalarType::Double);
   double* sums = static_cast<double*>(partial.mutable_data_ptr());
   if (blocks > 0) {
     sweep_kernel<A, S, K><<<blocks_for(op, blocks), kThreads, 0, device.stream()>>>(

@@ -1,4 +1,4 @@
-"""product, accumulate and split: compiled against the float64 reference, and by hand."""
+"""product, accumulate, split, relu_, sums: compiled against the float64 reference, and by hand."""
 
 from __future__ import annotations
 
@@ -293,3 +293,96 @@ def test_product_applies_the_pending_factor(device, backend, dtype, inplace):
     tolerance = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(exact(q), expected, rtol=tolerance, atol=1e-7)
     torch.testing.assert_close(exact(s), exact(q).abs().sum((1, 2)), rtol=1e-5, atol=1e-7)
+
+
+# ---- relu_ and sums: is everything finite? ------------------------------------------------------
+
+
+@every_case
+@every_device
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_relu_in_place(backend, device, dtype, layout, shape):
+    x = rand(*shape, dtype=dtype, device=device, layout=layout)
+    before, place, strides = exact(x).clone(), x.data_ptr(), x.stride()
+    s = backend.relu_(x)
+    assert torch.equal(exact(x), before.clamp_min(0))
+    assert (x.data_ptr(), x.stride()) == (place, strides)
+    assert s.dtype == reference.accumulation_dtype(dtype)
+    agree(s, reference.mass(before), dtype)
+
+
+@compare
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_relu_hides_shows_in_the_mass(backend, bad):
+    x = torch.randn(2, 3, 4000)
+    x[1, 1, 3998] = bad
+    s = backend.relu_(x)
+    assert s[0].isfinite()
+    assert not s[1].isfinite()
+    assert torch.equal(x[1, 1, 3998], torch.tensor(bad).relu()) or (bad != bad and x.isnan().any())
+
+
+@compare
+def test_relu_of_a_view_leaves_the_rest(backend):
+    x = torch.randn(2, 6, 40)
+    before = x.clone()
+    s = backend.relu_(x[:, ::2, 1::3])
+    expected = before.clone()
+    expected[:, ::2, 1::3] = before[:, ::2, 1::3].clamp_min(0)
+    assert torch.equal(x, expected)
+    agree(s, reference.mass(exact(before[:, ::2, 1::3])), torch.float32)
+
+
+@compare
+@every_device
+def test_sums(backend, device):
+    image = torch.randn(2, 3, 50, 60, device=device)
+    values = [
+        image,
+        image.to(memory_format=torch.channels_last),
+        image[:, 1:, ::2],
+        image[:, :1].expand(2, 7, 50, 60),
+        image.double(),
+        torch.full((3, 400), 3e38, device=device),  # too much for a float32
+        torch.full((70_000,), 6e4, dtype=torch.float16, device=device),
+        torch.randn(9, device=device).bfloat16(),
+        torch.tensor(2.5, device=device),
+        torch.zeros(0, 4, device=device),
+    ]
+    result = backend.sums(values)
+    assert result.dtype == torch.float64
+    expected = torch.stack([v.double().sum() for v in values])
+    assert torch.allclose(result, expected, rtol=1e-6, atol=1e-4)
+    assert torch.equal(result[[0, 4]].isfinite(), torch.ones(2, dtype=torch.bool, device=device))
+
+
+@compare
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_sums_show_what_is_not_finite(backend, dtype, bad):
+    x = torch.ones(3, 40_000, dtype=dtype)
+    for at in (0, 16_383, 16_384, 119_999):
+        y = x.clone()
+        y.view(-1)[at] = bad
+        finite = backend.sums([x, y, x]).isfinite()
+        assert finite.tolist() == [True, False, True]
+
+
+@needs_extension
+def test_sums_and_masses_of_relu_do_not_depend_on_the_number_of_threads():
+    x = torch.randn(3, 100_003)
+    threads = torch.get_num_threads()
+    seen = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            seen.append((compiled.sums([x, x[0]]), compiled.relu_(x.clone())))
+    finally:
+        torch.set_num_threads(threads)
+    for other in seen[1:]:
+        assert all(torch.equal(u, v) for u, v in zip(seen[0], other, strict=True))
+
+
+@needs_extension
+def test_integers_are_summed_by_the_reference():
+    assert compiled.sums([torch.arange(5), torch.ones(2)]).tolist() == [10.0, 2.0]

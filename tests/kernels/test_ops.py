@@ -163,6 +163,17 @@ def test_an_expanded_output_is_refused():
         ops.split_(x, x + 1, x, None, None, None, False)
 
 
+def test_relu_and_sums():
+    x = torch.randn(3, 4, 5)
+    torch.library.opcheck(ops.relu_.default, (x,), raise_exception=True)
+    torch.library.opcheck(ops.sums.default, ([x, x[0], x[0, 0, 0]],), raise_exception=True)
+    assert refused("relu_", (x[:, :1].expand(3, 4, 5),))
+    assert refused("relu_", (x[0, 0, 0],))
+    assert refused("relu_", (x.to(torch.int64),))
+    assert refused("sums", ([],))
+    assert refused("sums", ([x, x.to(torch.int64)],))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_inputs_that_require_gradients_are_taken(name):
     first, *rest = calls()[name]
