@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from pathlib import Path
@@ -121,12 +122,13 @@ def model_notes(cells: list[Figures]) -> list[str]:
     ]
     if others:
         notes.append(f"First and second call at another batch size: {'; '.join(others)}.")
-    if len(ours) > 1:
-        last, before = ours[-1], ours[-2]
-        notes.append(
-            f"An image costs {per_image(last) / per_image(before):.2f} times as much at batch "
-            f"{last['batch']} as at batch {before['batch']}."
-        )
+    grown = [
+        f"{c['growth']:.2f} times as much at batch {c['batch']} as at batch {before['batch']}"
+        for before, c in itertools.pairwise(ours)
+        if c.get("growth") is not None
+    ]
+    if grown:
+        notes.append(f"A sample costs {', '.join(grown)} (alone in a process, sizes in turns).")
     return ["\n".join(notes)] if notes else []
 
 

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import ctypes
 import gc
+import itertools
 import json
 import math
 import multiprocessing
@@ -30,14 +31,14 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import report
 import torch
@@ -62,6 +63,8 @@ from captum_rlrp import show_config
 ROOT = Path(__file__).resolve().parent.parent
 MEBIBYTE = 2**20
 
+T = TypeVar("T")
+
 ROUNDS = 3  # at least
 CELL_SECONDS = 40.0  # then a model and batch gets no further round
 SLOW_SECONDS = 10.0  # a peer that would take longer for one call is left out
@@ -83,6 +86,7 @@ class Cell:
     first_s: float | None = None  # of the model's first call
     new_batch_s: float | None = None  # of the first call at this batch size
     later_s: float | None = None  # of the one after it
+    growth: float | None = None  # time per image over that at the batch size before
     error: str | None = None
     note: str | None = None
 
@@ -156,12 +160,31 @@ def time_model(name: str, args: argparse.Namespace) -> list[Cell]:
     return cells
 
 
-def time_apart(name: str, args: argparse.Namespace) -> list[Cell]:
-    """In a process of its own: peers leave gigabytes behind, and memory decides speed."""
+def time_batches(name: str, args: argparse.Namespace) -> dict[int, float]:
+    """What an image costs at each batch size, over its cost at the size before: sizes in turns."""
+    subject, dtype = SUBJECTS[name], getattr(torch, args.dtype)
+    explain = contender(subject, OURS, args.device, dtype)
+    inputs = {n: subject.inputs(n, args.device, dtype, args.size) for n in args.batches}
+    for batch in inputs.values():
+        check(explain, batch)
+    rounds: list[dict[int, float]] = []
+    started = time.perf_counter()
+    while len(rounds) < min(ROUNDS, args.repeats) or (
+        len(rounds) < args.repeats and time.perf_counter() - started < CELL_SECONDS
+    ):
+        rounds.append({n: timed(explain, batch, args.device) / n for n, batch in inputs.items()})
+    return {
+        n: statistics.median(each[n] / each[before] for each in rounds)
+        for before, n in itertools.pairwise(args.batches)
+    }
+
+
+def apart(measure: Callable[[str, argparse.Namespace], T], name: str, args: Any) -> T:
+    """In a process of its own: others leave gigabytes behind, and memory decides speed."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, initializer=quiet) as pool:
         try:
-            return pool.submit(time_model, name, args).result()
+            return pool.submit(measure, name, args).result()
         except BrokenProcessPool:
             sys.exit(f"{name}: killed, for want of memory most likely; try smaller --batches")
 
@@ -373,8 +396,10 @@ def main() -> None:
         return
     cells: list[Cell] = []
     for name in args.models:
-        of_model = time_apart(name, args)
+        of_model = apart(time_model, name, args)
+        growth = apart(time_batches, name, args) if OURS in args.methods else {}
         for cell in of_model:
+            cell.growth = growth.get(cell.batch) if cell.method == OURS else None
             if cell.seconds and cell.method != FLOOR and not args.no_memory:
                 inspect(cell, args)
         ours = [c for c in of_model if c.method == OURS and c.peak_mib is not None]
