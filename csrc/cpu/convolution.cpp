@@ -27,7 +27,7 @@ RLRP_INLINE inline void multiply_rows(int64_t depth, const float* rows, const fl
                                       int64_t result_step) {
   Vector<kLanes> sum[kCount][kColumns] = {};
   multiply<kLanes, kCount>(
-      depth, [&](int r, int64_t k) RLRP_INLINE { return rows[r * depth + k]; }, panel, sum);
+      0, depth, [&](int r, int64_t k) RLRP_INLINE { return rows[r * depth + k]; }, panel, sum);
 #pragma GCC unroll 12
   for (int r = 0; r < kCount; ++r) {
 #pragma GCC unroll 2
@@ -81,7 +81,7 @@ void run_by(const Convolution& conv, const Scheme& scheme, const Tensor& model) 
     Planes<kTerms> planes{};
     for (int term = 0; term < kTerms; ++term) {
       planes.depth[term] = scheme.depth(term) * in;
-      planes.patches[term + 1] = planes.patches[term] + kBlock * planes.depth[term] + kPad;
+      planes.patches[term + 1] = planes.patches[term] + kBlock * (planes.depth[term] + Scheme::kGap) + kPad;
       planes.filters[term + 1] = planes.filters[term] + count * planes.depth[term] + kPad;
     }
     planes.products = kBlock * count + kPad;
@@ -90,7 +90,7 @@ void run_by(const Convolution& conv, const Scheme& scheme, const Tensor& model) 
   // Each task works through blocks of patches with buffers of its own.
   const int64_t tasks = min64(torch::stable::get_num_threads(), ceil_div(count, kLeast));
   const Planes<kTerms> largest = planes_of(most);
-  const int64_t each = Scheme::kBuffers ? largest.patches[kTerms] + kTerms * largest.products : 0;
+  const int64_t each = largest.patches[kTerms] + kTerms * largest.products;
   const auto workspace = [&](int64_t size) {
     return torch::stable::empty({size}, ScalarType::Float, std::nullopt, model.device(), std::nullopt,
                                 MemoryFormat::Contiguous);

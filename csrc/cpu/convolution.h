@@ -126,11 +126,12 @@ struct Taps {
   }
 };
 
-// Adds up some rows of a matrix product: (kCount, depth) times (depth, a panel). at(r, k) is the left factor.
+// Adds up some rows of a matrix product: (kCount, depth) times (depth, a panel), from one depth to another.
+// at(r, k) is the left factor.
 template <int kLanes, int kCount, class At>
-RLRP_INLINE inline void multiply(int64_t depth, const At& at, const float* panel,
+RLRP_INLINE inline void multiply(int64_t first, int64_t last, const At& at, const float* panel,
                                  Vector<kLanes> (&sum)[kCount][kColumns]) {
-  for (int64_t k = 0; k < depth; ++k) {
+  for (int64_t k = first; k < last; ++k) {
     Vector<kLanes> factor[kColumns];
 #pragma GCC unroll 2
     for (int j = 0; j < kColumns; ++j) factor[j] = load<kLanes>(panel + (k * kColumns + j) * kLanes);

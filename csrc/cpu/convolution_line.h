@@ -15,7 +15,7 @@ namespace convolution {
 
 struct Line {
   static constexpr int kTerms = 4;
-  static constexpr bool kBuffers = true;  // transformed patches, and products
+  static constexpr int64_t kGap = 0;
   struct Group {
     int64_t first, taps;  // from 1 to 3, `stride` apart
   };

@@ -1,6 +1,8 @@
 // 1×1: a matrix product over the pixels as they lie, whose sums are finished while they are in registers.
 #pragma once
 
+#include <algorithm>
+
 #include "convolution.h"
 
 namespace rlrp {
@@ -9,7 +11,7 @@ namespace convolution {
 struct Point {
   static constexpr int kTerms = 1;
   static constexpr int64_t outputs[2] = {1, 1};
-  static constexpr bool kBuffers = false;
+  static constexpr int64_t kGap = kPad;
 
   int64_t depth(int) const { return 1; }
 
@@ -71,6 +73,9 @@ struct Point {
   }
 };
 
+constexpr int64_t kCrowd = 1024;  // floats: rows so far apart share a few places of the first cache
+constexpr int64_t kLine = 16;     // floats that memory hands over at a time
+
 // The places of some pixels of the input and the output, and what becomes of them.
 template <int kLanes>
 struct Pixels {
@@ -80,22 +85,27 @@ struct Pixels {
   Vector<kLanes> mass[kBlock];
 };
 
-// A panel's outputs of some of them.
+// A panel's outputs of some of them. Pixels that lie `ahead` are brought near meanwhile, unless it is 0.
 template <int kLanes, int kCount>
 RLRP_INLINE inline void multiply_pixels(const Convolution& conv, Pixels<kLanes>& pixels, int64_t first,
-                                        const float* panel, int64_t channel) {
+                                        const float* panel, int64_t channel, int64_t ahead) {
   const float* row[kCount];
   for (int r = 0; r < kCount; ++r) {
     row[r] = pixels.from[first + r];
     for (int j = 0; j < kColumns; ++j) {  // what the sums will meet
       const int64_t offset = pixels.to[first + r] + channel + j * kLanes;
-      if (conv.multiplies) __builtin_prefetch(conv.y + offset, 1);
+      __builtin_prefetch(conv.y + offset, 1);
       if (conv.other) __builtin_prefetch(conv.other + offset);
     }
   }
   Vector<kLanes> sum[kCount][kColumns] = {};
-  multiply<kLanes, kCount>(
-      conv.in.channels, [&](int r, int64_t k) RLRP_INLINE { return row[r][k]; }, panel, sum);
+  const auto at = [&](int r, int64_t k) RLRP_INLINE { return row[r][k]; };
+  const int64_t depth = conv.in.channels;
+  for (int64_t k = 0; ahead && k < depth; k += kLine) {
+    for (int r = 0; r < kCount; ++r) __builtin_prefetch(row[r] + ahead + k, 0, 2);
+    multiply<kLanes, kCount>(k, k + kLine, at, panel, sum);
+  }
+  if (!ahead) multiply<kLanes, kCount>(0, depth, at, panel, sum);
 #pragma GCC unroll 12
   for (int r = 0; r < kCount; ++r) {
 #pragma GCC unroll 2
@@ -109,28 +119,35 @@ RLRP_INLINE inline void multiply_pixels(const Convolution& conv, Pixels<kLanes>&
 
 template <int kLanes>
 RLRP_INLINE inline void convolve(const Work& work, const Point&, const Planes<Point::kTerms>&, int64_t first,
-                                 int64_t last, float*) {
+                                 int64_t last, float* buffer) {
   const Convolution& conv = work.conv;
   Pixels<kLanes> pixels;
-  const int64_t count = last - first;
+  const int64_t count = last - first, in = conv.in.channels;
+  const bool crowded = in % kCrowd == 0;
+  const bool dense = conv.in.step[1] == in && conv.stride[0] == 1 && conv.stride[1] == 1;
   for (int64_t k = 0; k < count; ++k) {
     const Place at = work.grid.place(first + k);
     pixels.from[k] = conv.pixel(at, 0, 0, work.zeros);
+    if (crowded) {
+      float* apart = buffer + k * (in + Point::kGap);
+      pixels.from[k] = std::copy_n(pixels.from[k], in, apart) - in;
+    }
     pixels.to[k] = conv.out.offset(at.n, at.h, at.w);
     pixels.factor[k] = conv.factor ? conv.factor[at.n] : 1.0f;
     pixels.mass[k] = Vector<kLanes>{};
   }
   for (int64_t c = 0; c < work.range.count; c += kPanel<kLanes>) {
-    const float* panel = work.filters + c * conv.in.channels;
+    const float* panel = work.filters + c * in;
     const int64_t channel = work.range.first + c;
+    const int64_t ahead = c == 0 && dense && !crowded ? kBlock * in : 0;  // the next block's
     int64_t k = 0;
     for (; k + kRows<kLanes> <= count; k += kRows<kLanes>) {
-      multiply_pixels<kLanes, kRows<kLanes>>(conv, pixels, k, panel, channel);
+      multiply_pixels<kLanes, kRows<kLanes>>(conv, pixels, k, panel, channel, ahead);
     }
     for (; k + kFewRows<kLanes> <= count; k += kFewRows<kLanes>) {
-      multiply_pixels<kLanes, kFewRows<kLanes>>(conv, pixels, k, panel, channel);
+      multiply_pixels<kLanes, kFewRows<kLanes>>(conv, pixels, k, panel, channel, 0);
     }
-    for (; k < count; ++k) multiply_pixels<kLanes, 1>(conv, pixels, k, panel, channel);
+    for (; k < count; ++k) multiply_pixels<kLanes, 1>(conv, pixels, k, panel, channel, 0);
   }
   for (int64_t k = 0; conv.multiplies && k < count; ++k) work.masses[first + k] += total<kLanes>(pixels.mass[k]);
 }

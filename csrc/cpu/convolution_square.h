@@ -10,7 +10,7 @@ namespace convolution {
 struct Square {
   static constexpr int kPatch = 4, kStep = 2;
   static constexpr int kTerms = kPatch * kPatch;
-  static constexpr bool kBuffers = true;  // transformed patches, and products
+  static constexpr int64_t kGap = 0;
   static constexpr int64_t outputs[2] = {kStep, kStep};
 
   int64_t depth(int) const { return 1; }
