@@ -279,7 +279,7 @@ def test_convolution(benchmark, direction, layer):
         ),
         "product": (
             lambda: plain_product(x, reference.conv(g, weight, x.shape, strides, padding)),
-            lambda: convolution.product(x, g, filters, None),
+            lambda: convolution.product(x, g, filters, None, inplace=True),
         ),
     }[direction]
     kind = "×".join(map(str, taps)) + (f" stride {stride}" if stride > 1 else "")

@@ -342,16 +342,18 @@ class FoldedConvolution(Convolution):
         shape, groups = run.like(made.conv.args["input"]).shape, made.conv.args["groups"]
         return run.kernels.conv(g, weight, shape, *made.window, groups=groups)
 
-    def transpose_over(self, run: Run, call: Call, v: Tensor, r: Relevance) -> Tensor | None:
+    def transpose_product(
+        self, run: Run, call: Call, v: Tensor, r: Relevance, inplace: bool
+    ) -> tuple[Tensor, Tensor] | None:
         """By a convolution of ours; or large images a few at a time: Jᵀ r takes little memory."""
         made = self.instruction
         assert r.mass is not None
         if v.dtype != r.values.dtype:
             return None
         filters = made.filters(run, r.values)
-        if filters is not None and convolution.overwrites(v):
-            return convolution.product(v, r.values, filters, r.factor)
-        if v.nbytes <= LARGE or v.device.type != "cpu" or made.window is None:
+        if filters is not None and convolution.is_channels_last(v):
+            return convolution.product(v, r.values, filters, r.factor, inplace=inplace)
+        if not inplace or v.nbytes <= LARGE or v.device.type != "cpu" or made.window is None:
             return None
         r_values, weight = self._unscaled(run, r.values)
         groups = made.conv.args["groups"]
@@ -364,7 +366,7 @@ class FoldedConvolution(Convolution):
             if q is not x:
                 x.copy_(q)
             masses.append(mass)
-        return torch.cat(masses)
+        return v, torch.cat(masses)
 
     def transpose_part(self, run: Run, call: Call, g: Tensor) -> tuple[Tensor, Part] | None:
         """Of a 1×1 convolution with a stride, which most pixels do not reach."""

@@ -337,12 +337,16 @@ class Run:
         factor = r.mass / mass.clamp_min(_TINY[mass.dtype])
         return Relevance(q, factor, r.mass, owned=True)
 
-    def spent(self, node: Node) -> Tensor | None:
-        """A value that nobody reads after this step and that may be written over, samples first."""
-        value = self._values[node] if node in self._spent else None
-        if value is None or self.layout(node) != _PLAIN or value.shape[0] != self.batch:
+    def is_spent(self, node: Node) -> bool:
+        """Whether nobody reads a value after this step, and it may be written over."""
+        return node in self._spent
+
+    def plain(self, node: Node) -> Tensor | None:
+        """A value, if it lies in memory samples first."""
+        value: Tensor = self._values[node]
+        if self.layout(node) != _PLAIN or value.shape[0] != self.batch or 0 in value.stride():
             return None
-        return None if 0 in value.stride() else value
+        return value
 
     def whole(self, node: Node, terms: list[Relevance]) -> list[Relevance]:
         """Terms that lie in a part of the value only, written into one that fills all of it."""

@@ -40,6 +40,9 @@ STABLE_TORCH_LIBRARY(captum_rlrp, m) {
       "convolution_transpose(Tensor g, Tensor weight, Tensor? scale, int[] size, int[] stride, "
       "int[] padding) -> Tensor");
   m.def(
+      "convolution_product(Tensor x, Tensor g, Tensor weight, Tensor? scale, Tensor? factor, "
+      "int[] stride, int[] padding) -> (Tensor, Tensor)");
+  m.def(
       "convolution_product_(Tensor(a!) x, Tensor g, Tensor weight, Tensor? scale, Tensor? factor, "
       "int[] stride, int[] padding) -> Tensor");
 }

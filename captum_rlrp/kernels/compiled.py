@@ -372,6 +372,7 @@ def _register_fakes() -> None:
     fake("captum_rlrp::conv_few")(lambda g, weight, shape, *_: _channels_last(g, shape))
     fake("captum_rlrp::convolution")(_fake_convolution)
     fake("captum_rlrp::convolution_transpose")(_fake_convolution_transpose)
+    fake("captum_rlrp::convolution_product")(lambda x, *_: (_channels_last(x, x.shape), _masses(x)))
     fake("captum_rlrp::convolution_product_")(lambda x, *_: _masses(x))
     fake("captum_rlrp::adaptive_avg_pool")(lambda r, shape: _image(r, shape))
 

@@ -133,18 +133,21 @@ def transpose(g: Tensor, filters: Filters, size: Sequence[int]) -> Tensor:
     return result if g.dim() == 4 else result.squeeze(2)
 
 
-def overwrites(x: Tensor) -> bool:
-    """Whether :func:`product` may write over x: it has to be channels_last."""
+def is_channels_last(x: Tensor) -> bool:
+    """Whether :func:`product` reads an image or signal as it lies, and may write over it."""
     return _as_image(x).is_contiguous(memory_format=torch.channels_last)
 
 
-def product(x: Tensor, g: Tensor, filters: Filters, factor: Tensor | None) -> Tensor:
-    """Writes ``q = factor · x ⊙ transpose(g)`` over x; returns q's mass."""
+def product(
+    x: Tensor, g: Tensor, filters: Filters, factor: Tensor | None, *, inplace: bool = False
+) -> tuple[Tensor, Tensor]:
+    """``q = factor · x ⊙ transpose(g)``, in place over x if asked, and q's mass."""
     weight, scale, _, stride, padding = filters.as_image()
-    mass: Tensor = ops.convolution_product_.default(
-        _as_image(x), _as_image(g), weight, scale, factor, stride, padding
-    )
-    return mass
+    args = (_as_image(x), _as_image(g), weight, scale, factor, stride, padding)
+    if inplace:
+        return x, ops.convolution_product_.default(*args)
+    q, mass = ops.convolution_product.default(*args)
+    return q if x.dim() == 4 else q.squeeze(2), mass
 
 
 def _as_image(signal: Tensor) -> Tensor:

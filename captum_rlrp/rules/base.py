@@ -122,8 +122,10 @@ class LinearRule(Rule):
         """``Jᵀ g``, shaped like the operand."""
         return adjoint(run, call, self.operand(call), g)
 
-    def transpose_over(self, run: Run, call: Call, v: Tensor, r: Relevance) -> Tensor | None:
-        """Writes ``q = v ⊙ Jᵀ r`` over v, the operand; returns ``‖q‖₁``, None where it does not."""
+    def transpose_product(
+        self, run: Run, call: Call, v: Tensor, r: Relevance, inplace: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """``q = v ⊙ Jᵀ r`` at the operand v, over v if asked, and ``‖q‖₁``; None if not at once."""
         return None
 
     def transpose_part(self, run: Run, call: Call, g: Tensor) -> tuple[Tensor, Part] | None:

@@ -32,12 +32,12 @@ def relative(run: Run, start: Node, links: Links, r: Relevance) -> Relevance:
         links: Its linear maps, first to last.
         r: Relevance at the end, one term with its mass.
     """
-    v = run.spent(start)
-    if v is not None and len(links) == 1:
+    v = run.plain(start)
+    if v is not None and len(links) == 1 and not run.measures_delta:
         rule, call = links[0]
-        mass = rule.transpose_over(run, call, v, r)
-        if mass is not None:
-            return run.carried(v, mass, r)
+        product = rule.transpose_product(run, call, v, r, inplace=run.is_spent(start))
+        if product is not None:
+            return run.carried(*product, r)
     g, part = r.values, None
     for rule, call in reversed(links):
         here = rule.operand(call)

@@ -64,7 +64,7 @@ RLRP_INLINE inline void convolve(const Work& work, const Scheme& scheme, const P
   for (int64_t k = 0; k < count; ++k) {
     const Place at = work.grid.place(first + k);
     const float mass = scheme.template finish_patch<kLanes>(conv, planes, work.range, at, products + k * out);
-    if (conv.multiplies) work.masses[first + k] += mass;
+    if (conv.times) work.masses[first + k] += mass;
   }
 }
 
@@ -98,7 +98,7 @@ void run_by(const Convolution& conv, const Scheme& scheme, const Tensor& model) 
   Tensor filters = workspace(largest.filters[kTerms]), buffers = workspace(tasks * each);
   float *filters_data = result_of<float>(filters), *buffers_data = result_of<float>(buffers);
   const std::vector<float> zeros(in, 0.0f);
-  std::vector<float> masses(conv.multiplies ? count : 0, 0.0f);  // of each patch
+  std::vector<float> masses(conv.times ? count : 0, 0.0f);  // of each patch
   for (Range range{0, 0}; range.first < out; range.first += range.count) {
     range.count = min64(most, out - range.first);
     const Planes<kTerms> planes = planes_of(range.count);
@@ -136,6 +136,7 @@ void turn(Convolution& conv, int axis, int64_t phase) {
   const int64_t start = skipped * stride + phase - padding;  // the first input
   Image& out = conv.out;
   conv.y += start * out.step[axis];
+  if (conv.times) conv.times += start * out.step[axis];
   out.size[axis] = start < out.size[axis] ? ceil_div(out.size[axis] - start, stride) : 0;
   out.step[axis] *= stride;
   conv.filters.taps += (phase + stride * (taps - 1)) * conv.filters.step[axis];
@@ -258,27 +259,43 @@ Tensor transpose(const Tensor& g, const Tensor& weight, const std::optional<Tens
   return result;
 }
 
-// x becomes factor · x ⊙ convolution_transpose(g); returns the mass of it.
-Tensor product_(Tensor x, const Tensor& g, const Tensor& weight, const std::optional<Tensor>& scale,
-                const std::optional<Tensor>& factor, const Ints& stride, const Ints& padding) {
-  const char* op = "convolution_product_";
-  RLRP_CHECK(x.dim() == 4, op, "x must have 4 axes");
+// factor · x ⊙ convolution_transpose(g), into y, which may be x; returns the mass of it.
+Tensor multiply_into(const char* op, Tensor& y, const Tensor& x, const Tensor& g, const Tensor& weight,
+                     const std::optional<Tensor>& scale, const std::optional<Tensor>& factor, const Ints& stride,
+                     const Ints& padding) {
   const Ints size = {x.size(2), x.size(3)};
   Arguments a(op, g, weight, scale, stride, padding, &size);
   check_like(op, "x", x, "g", g, false);
   const Ints shape = a.shape();
   RLRP_CHECK(sizes_of(x) == shape, op, "x must have the shape of the convolution's input");
-  RLRP_CHECK(dense_in(x, true), op, "x must be channels_last");
   a.conv.factor = a.vector("factor", factor, shape[0]);
-  a.conv.multiplies = true;
+  a.conv.times = a.data(x, true);
   Tensor result = new_masses(x);
   std::vector<double> mass(shape[0], 0.0);
   a.conv.mass = mass.data();
-  RLRP_CHECK(x.numel() == 0 || x.const_data_ptr() != g.const_data_ptr(), op,
-             "x and g must not be the same tensor");
-  a.run_into(x);
+  a.run_into(y);
   std::copy(mass.begin(), mass.end(), result_of<float>(result));
   return result;
+}
+
+std::tuple<Tensor, Tensor> product(const Tensor& x, const Tensor& g, const Tensor& weight,
+                                   const std::optional<Tensor>& scale, const std::optional<Tensor>& factor,
+                                   const Ints& stride, const Ints& padding) {
+  const char* op = "convolution_product";
+  RLRP_CHECK(x.dim() == 4, op, "x must have 4 axes");
+  Tensor y = new_image(x, sizes_of(x), true);
+  Tensor mass = multiply_into(op, y, x, g, weight, scale, factor, stride, padding);
+  return {y, mass};
+}
+
+Tensor product_(Tensor x, const Tensor& g, const Tensor& weight, const std::optional<Tensor>& scale,
+                const std::optional<Tensor>& factor, const Ints& stride, const Ints& padding) {
+  const char* op = "convolution_product_";
+  RLRP_CHECK(x.dim() == 4, op, "x must have 4 axes");
+  RLRP_CHECK(dense_in(x, true), op, "x must be channels_last");
+  RLRP_CHECK(x.numel() == 0 || x.const_data_ptr() != g.const_data_ptr(), op,
+             "x and g must not be the same tensor");
+  return multiply_into(op, x, x, g, weight, scale, factor, stride, padding);
 }
 
 }  // namespace
@@ -286,6 +303,7 @@ Tensor product_(Tensor x, const Tensor& g, const Tensor& weight, const std::opti
 STABLE_TORCH_LIBRARY_IMPL(captum_rlrp, CPU, m) {
   m.impl("convolution", TORCH_BOX(&forward));
   m.impl("convolution_transpose", TORCH_BOX(&transpose));
+  m.impl("convolution_product", TORCH_BOX(&product));
   m.impl("convolution_product_", TORCH_BOX(&product_));
 }
 

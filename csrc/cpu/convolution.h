@@ -55,10 +55,9 @@ struct Convolution {
   const float *x, *bias, *other;
   float* y;
   bool relu;
-  // y becomes the product with what it was, times a factor for each sample.
-  bool multiplies;
-  const float* factor;
-  double* mass;  // of each sample of it
+  // What y is multiplied by, which may be y as it was, and a factor for each sample.
+  const float *times, *factor;
+  double* mass;  // of each sample of the product
 
   // The input that the output at a place meets by the tap (i, j); zeros outside of the image.
   const float* pixel(const Place& at, int64_t i, int64_t j, const float* zeros) const {
@@ -150,8 +149,8 @@ RLRP_INLINE inline void put(const Convolution& conv, int64_t offset, const Vecto
   Vector<kLanes> y = output;
   if (conv.other) y += load<kLanes>(conv.other + offset);
   if (conv.relu) y = y < 0 ? Vector<kLanes>{} : y;  // a NaN stays
-  if (conv.multiplies) {
-    y = y * factor * load<kLanes>(conv.y + offset);
+  if (conv.times) {
+    y = y * factor * load<kLanes>(conv.times + offset);
     mass += magnitude(y);
   }
   store<kLanes>(conv.y + offset, y);

@@ -96,6 +96,7 @@ RLRP_INLINE inline void multiply_pixels(const Convolution& conv, Pixels<kLanes>&
       const int64_t offset = pixels.to[first + r] + channel + j * kLanes;
       __builtin_prefetch(conv.y + offset, 1);
       if (conv.other) __builtin_prefetch(conv.other + offset);
+      if (conv.times) __builtin_prefetch(conv.times + offset);
     }
   }
   Vector<kLanes> sum[kCount][kColumns] = {};
@@ -149,7 +150,7 @@ RLRP_INLINE inline void convolve(const Work& work, const Point&, const Planes<Po
     }
     for (; k < count; ++k) multiply_pixels<kLanes, 1>(conv, pixels, k, panel, channel, 0);
   }
-  for (int64_t k = 0; conv.multiplies && k < count; ++k) work.masses[first + k] += total<kLanes>(pixels.mass[k]);
+  for (int64_t k = 0; conv.times && k < count; ++k) work.masses[first + k] += total<kLanes>(pixels.mass[k]);
 }
 
 }  // namespace convolution

@@ -114,10 +114,14 @@ def test_transpose(case, layout):
     factor = torch.rand(len(x)) + 0.5
     expected = expected * exact(x) * per_sample(factor, x)
     q = like_image(x)
-    assert convolution.overwrites(q) or len(x) == 0
-    mass = convolution.product(q, g, filters, factor)
-    agree(q, expected, torch.float32, scale=4)
-    agree(mass, expected.abs().flatten(1).sum(1), torch.float32, scale=4)
+    assert convolution.is_channels_last(q) or len(x) == 0
+    for operand, inplace in ((x, False), (q, True)):
+        before = operand.clone()
+        result, mass = convolution.product(operand, g, filters, factor, inplace=inplace)
+        agree(result, expected, torch.float32, scale=4)
+        agree(mass, expected.abs().flatten(1).sum(1), torch.float32, scale=4)
+        assert (result is operand) == inplace
+        assert inplace or torch.equal(operand, before)
 
 
 @pytest.mark.parametrize(
@@ -137,12 +141,10 @@ def test_results_do_not_depend_on_the_number_of_threads(case):
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            q = x.clone()
             results.append(
                 [
                     *convolution.forward(x, filters),
-                    convolution.product(q, g, filters, None),
-                    q,
+                    *convolution.product(x, g, filters, None),
                 ]
             )
     finally:

@@ -221,11 +221,13 @@ LINE, LINE_G = torch.randn(64, 32, 1, 3), torch.randn(2, 64, 6, 2)
 CONVOLUTIONS = {
     "convolution": (IMAGE, FILTERS, SCALE, torch.randn(64), G, [1, 1], [0, 0], True),
     "convolution_transpose": (G, FILTERS, SCALE, [6, 5], [1, 1], [0, 0]),
+    "convolution_product": (IMAGE, G, FILTERS, SCALE, torch.rand(2), [1, 1], [0, 0]),
     "convolution_product_": (IMAGE, G, FILTERS, SCALE, torch.rand(2), [1, 1], [0, 0]),
 }
 STRIDED = {
     "convolution": (IMAGE, LINE, None, None, LINE_G, [1, 2], [0, 0], False),
     "convolution_transpose": (LINE_G, LINE, None, [6, 5], [1, 2], [0, 0]),
+    "convolution_product": (IMAGE, LINE_G, LINE, None, None, [1, 2], [0, 0]),
     "convolution_product_": (IMAGE, LINE_G, LINE, None, None, [1, 2], [0, 0]),
 }
 
