@@ -31,8 +31,7 @@ STABLE_TORCH_LIBRARY(captum_rlrp, m) {
       "bool ceil_mode, bool count_include_pad, int? divisor_override) -> Tensor");
   m.def("adaptive_avg_pool(Tensor r, int[] input_shape) -> Tensor");
   m.def(
-      "conv_few(Tensor g, Tensor weight, int[] input_shape, int[] stride, int[] padding, "
-      "int[] dilation) -> Tensor");
+      "conv_few(Tensor g, Tensor weight, int[] input_shape, int[] stride, int[] padding) -> Tensor");
   m.def(
       "convolution(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? other, int[] stride, "
       "int[] padding, bool relu) -> (Tensor, Tensor)");

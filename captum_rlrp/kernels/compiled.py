@@ -261,8 +261,9 @@ def conv(
             overlapping = any(k > s for k, s in zip(weight.shape[2:], window[0], strict=True))
             if not overlapping or weight.shape[0] % 8:
                 return _conv_by_matmul(g, weight, input_shape, *window)
-            if max(window[0]) > 1 or reference.memory_format(g) == torch.channels_last:
-                result: Tensor = ops.conv_few.default(g, weight, list(input_shape), *window)
+            is_fast = max(window[0]) > 1 or reference.memory_format(g) == torch.channels_last
+            if is_fast and max(window[2]) == 1:
+                result: Tensor = ops.conv_few.default(g, weight, list(input_shape), *window[:2])
                 return result
         elif convolution.covers(g, weight, window[0], window[1], window[2], groups):
             filters = convolution.Filters(weight, None, None, window[0], window[1])

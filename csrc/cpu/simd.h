@@ -81,6 +81,15 @@ RLRP_INLINE inline void store(float* to, Vector<kLanes> value) {
   *reinterpret_cast<typename Lanes<kLanes>::Unaligned*>(to) = value;
 }
 
+// A vector that stays in a register: the compiler might read it from memory anew for every use.
+template <int kLanes>
+RLRP_INLINE inline Vector<kLanes> hold(Vector<kLanes> value) {
+#if defined(__x86_64__)
+  asm("" : "+v"(value));
+#endif
+  return value;
+}
+
 // As many vectors as each has lanes, as a matrix.
 template <int kLanes>
 RLRP_INLINE inline void transpose(Vector<kLanes> (&rows)[kLanes]) {

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from captum_rlrp.kernels import compiled, convolution
 from captum_rlrp.kernels.convolution import Filters
+from captum_rlrp.kernels.extension import ops
 
 from .common import agree, exact, needs_extension, rand
 
@@ -151,6 +152,40 @@ def test_results_do_not_depend_on_the_number_of_threads(case):
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
+
+
+# batch, channels, filters, size, taps, stride, padding
+FEW = [
+    (2, 3, 64, (40, 150), (7, 7), (2, 2), (3, 3)),  # vectors of inputs: 4 and 1 for each phase
+    (1, 3, 32, (9, 224), SQUARE, (1, 1), (1, 1)),
+    (
+        3,
+        1,
+        8,
+        (28, 28),
+        SQUARE,
+        (1, 1),
+        (1, 1),
+    ),  # as many filters as a block has, fewer than a vector
+    (2, 2, 24, (7, 21), (5, 2), (3, 1), (9, 4)),  # more padding than taps
+    (2, 4, 16, (6, 70), (1, 7), (1, 3), (0, 0)),
+    (1, 4, 40, (13, 1), (7, 1), (1, 1), (2, 0)),
+    (1, 3, 8, (5, 37), (4, 2), (2, 5), (0, 1)),  # inputs that nothing reads
+    (1, 2, 8, (2, 2), SQUARE, (2, 2), (1, 1)),  # a phase without inputs
+]
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+@every_layout
+def test_transpose_to_few_channels(case, layout):
+    x, filters = make(case, layout)
+    wide = exact(x).requires_grad_()
+    y = convolved(wide, exact(filters.weight), filters)
+    g = rand(*y.shape, dtype=torch.float32, layout=layout)
+    (expected,) = torch.autograd.grad(y, wide, exact(g))
+    result = ops.conv_few(g, filters.weight, x.shape, filters.stride, filters.padding)
+    agree(result, expected, torch.float32, scale=4)
+    assert result.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ def test_inputs_that_require_gradients_are_taken(name):
         getattr(ops, name)(first.requires_grad_(), *rest)
 
 
-FEW = (torch.randn(2, 16, 5, 4), torch.randn(16, 3, 3, 3), [2, 3, 9, 8], [2, 2], [1, 1], [1, 1])
+FEW = (torch.randn(2, 16, 5, 4), torch.randn(16, 3, 3, 3), [2, 3, 9, 8], [2, 2], [1, 1])
 
 
 def test_opcheck_of_few_channels():
