@@ -27,7 +27,7 @@ from .instructions import (
     RestoredSum,
     WinnersPool,
 )
-from .kernels import onednn
+from .kernels import convolution, onednn
 from .kernels.reference import ints
 from .rules import Call, LinearRule
 from .rules.convolution import Convolution
@@ -183,8 +183,10 @@ def _fuse_convolution(
         return None
     activate = None if activation is None else _overwriting(activation)
     window, fused = _window(call), _fused(activation)
+    x, weight = (call.args[name].meta["val"] for name in ("input", "weight"))
+    suits = window is not None and convolution.suits(x, weight, *window, call.args["groups"])
     return FusedConvolution(
-        node, call, norm, other, activation, tuple(covers), activate, window, fused
+        node, call, norm, other, activation, tuple(covers), activate, window, fused, suits
     )
 
 

@@ -49,6 +49,7 @@ class FusedConvolution:
         activate: The activation, in place.
         window: Stride, padding and dilation for each axis; None where padding is a word.
         fused: What oneDNN calls the activation, if it knows it.
+        suits: Whether the convolution is one of ours, wherever that pays.
     """
 
     node: Node
@@ -60,6 +61,7 @@ class FusedConvolution:
     activate: Callable[[Tensor], Tensor] | None
     window: tuple[list[int], list[int], list[int]] | None
     fused: onednn.Activation | None
+    suits: bool
 
     @property
     def reads(self) -> tuple[Node, ...]:
@@ -91,11 +93,12 @@ class FusedConvolution:
 
     def filters(self, run: Run, x: Like | Tensor) -> Filters | None:
         """The filters for :mod:`.kernels.convolution`, if that covers x or, on the way back, g."""
+        if not self.suits:
+            return None
         weight: Tensor = run.value(self.conv.args["weight"])
-        if self.window is None:
+        if not convolution.pays(x, weight):
             return None
-        if not convolution.covers(x, weight, *self.window, self.conv.args["groups"]):
-            return None
+        assert self.window is not None
         scale, shift = None, run.value(self.conv.args["bias"])
         if self.norm is not None:
             scale, shift = (v.to(weight.dtype) for v in run.scratch[self.norm.node])
@@ -122,18 +125,10 @@ class FusedConvolution:
             y, _ = convolution.forward(x, filters)
             return self._finish(run, y, other)
         relu = self.activation is not None
-        y, mass = convolution.forward(x, filters, other, relu=relu)
+        y, total = convolution.forward(x, filters, other, relu=relu)
         if relu:  # which hides a −∞
-            self._watch(run, filters.weight, mass, filters.shift, y)
+            run.watch_sum(total)
         return y
-
-    def _watch(
-        self, run: Run, weight: Tensor, mass: Tensor | None, bias: Tensor | None, y: Tensor
-    ) -> None:
-        assert self.activation is not None
-        shrinks = self.activation.target.overloadpacket in _SHRINKING
-        result = self.node if shrinks else None
-        run.watch_convolution(self.conv.args["input"], weight, mass, bias, self.other, result, y)
 
     def _outweighs(self, run: Run, x: Tensor) -> bool:
         """Whether the weight has more elements than the output."""
@@ -167,7 +162,9 @@ class FusedConvolution:
             y = onednn.convolution(x, weight, bias, *self.window, groups, self.fused, other)
             if y is not None:
                 if self.activation is not None:  # oneDNN's hide even a NaN
-                    self._watch(run, weight, mass, bias, y)
+                    shrinks = self.activation.target.overloadpacket in _SHRINKING
+                    result, source = self.node if shrinks else None, self.conv.args["input"]
+                    run.watch_convolution(source, weight, mass, bias, self.other, result, y)
                 return y
         return self._finish(run, self._plain(x, weight, bias), other)
 

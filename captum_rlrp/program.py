@@ -487,11 +487,15 @@ class Run:
 
         A sum is finite only if every summand is.
         """
-        self._watched.append(value.sum(dtype=torch.promote_types(value.dtype, torch.float32)))
+        self.watch_sum(value.sum(dtype=torch.promote_types(value.dtype, torch.float32)))
+
+    def watch_sum(self, total: Tensor) -> None:
+        """The same, where the value's sum is known."""
+        self._watched.append(total)
 
     def relu_(self, value: Tensor) -> Tensor:
         """Overwrites a value with its ReLU, and watches it in the same pass."""
-        self._watched.append(self.kernels.relu_(value))
+        self.watch_sum(self.kernels.relu_(value))
         return value
 
     def watch_convolution(
@@ -504,7 +508,7 @@ class Run:
         result: Node | None,
         y: Tensor,
     ) -> None:
-        """The same for a convolution with a ReLU, whose operand was never stored: by bounds.
+        """The same for oneDNN's convolution with a ReLU, whose operand was never stored: by bounds.
 
         By Cauchy and Schwarz |Σ w x|² ≤ Σw² Σx², and Σx² of the next convolution's input follows
         from this one's: few images need a pass of their own. Each filter's Σw² is at most (Σ|w|)²,

@@ -342,7 +342,7 @@ def _fake_convolution(
 ) -> tuple[Tensor, Tensor]:
     axes = zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True)
     size = [(n + 2 * p - k) // s + 1 for n, k, s, p in axes]
-    return _channels_last(x, (len(x), len(weight), *size)), x.new_empty(len(weight))
+    return _channels_last(x, (len(x), len(weight), *size)), _masses(x)
 
 
 def _fake_convolution_transpose(

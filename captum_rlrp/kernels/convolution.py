@@ -62,6 +62,18 @@ def covers(
     groups: int,
 ) -> bool:
     """Whether it convolves the two, or their gradient, and faster than oneDNN does."""
+    return suits(x, weight, stride, padding, dilation, groups) and pays(x, weight)
+
+
+def suits(
+    x: Operand,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> bool:
+    """The same whatever the sizes of batch and image."""
     return (
         _IS_FAST
         and groups == 1
@@ -72,12 +84,18 @@ def covers(
         and x.dtype == weight.dtype == torch.float32
         and len(x.shape) == weight.dim()
         and all(p < k for p, k in zip(padding, weight.shape[2:], strict=True))
-        and (
-            _is_line(weight, stride)
-            or (_is_square(weight, stride) and _patches(x) > _FEW_PATCHES)
-            or (_is_point(weight, stride) and _pixels(x) > _FEW_PIXELS)
-        )
+        and (_is_square(weight, stride) or _is_line(weight, stride) or _is_point(weight, stride))
     )
+
+
+def pays(x: Operand, weight: Tensor) -> bool:
+    """Whether a convolution that suits is worth it for so many pixels."""
+    if x.dtype != weight.dtype:
+        return False
+    taps = weight.shape[2:]
+    if taps == (3, 3):
+        return x.shape[0] * (x.shape[2] // 2) * (x.shape[3] // 2) > _FEW_PATCHES
+    return max(taps) > 1 or x.shape[0] * math.prod(x.shape[2:]) > _FEW_PIXELS
 
 
 def _is_square(weight: Tensor, stride: Sequence[int]) -> bool:
@@ -99,30 +117,22 @@ def _is_point(weight: Tensor, stride: Sequence[int]) -> bool:
     return math.prod(weight.shape[2:]) == 1 and max(stride) == 1
 
 
-def _patches(x: Operand) -> int:
-    return x.shape[0] * (x.shape[2] // 2) * (x.shape[3] // 2)
-
-
-def _pixels(x: Operand) -> int:
-    return x.shape[0] * math.prod(x.shape[2:])
-
-
 def forward(
     x: Tensor, filters: Filters, other: Tensor | None = None, *, relu: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """``scale · (weight ∗ x) + shift + other``, and each filter's ``scale · Σ |weight|``.
+    """``scale · (weight ∗ x) + shift + other``, and each sample's sum of that.
 
     Args:
         x: Input, ``(N, C, H, W)`` or ``(N, C, L)``.
         filters: What it is convolved with.
         other: A summand.
-        relu: Whether negative results become 0.
+        relu: Whether negative results become 0 then.
     """
     weight, scale, shift, stride, padding = filters.as_image()
     image = _as_image(x)
     other = None if other is None else _as_image(other)
-    y, mass = ops.convolution.default(image, weight, scale, shift, other, stride, padding, relu)
-    return y if x.dim() == 4 else y.squeeze(2), mass
+    y, total = ops.convolution.default(image, weight, scale, shift, other, stride, padding, relu)
+    return y if x.dim() == 4 else y.squeeze(2), total
 
 
 def transpose(g: Tensor, filters: Filters, size: Sequence[int]) -> Tensor:

@@ -63,8 +63,8 @@ RLRP_INLINE inline void convolve(const Work& work, const Scheme& scheme, const P
   }
   for (int64_t k = 0; k < count; ++k) {
     const Place at = work.grid.place(first + k);
-    const float mass = scheme.template finish_patch<kLanes>(conv, planes, work.range, at, products + k * out);
-    if (conv.times) work.masses[first + k] += mass;
+    const float sum = scheme.template finish_patch<kLanes>(conv, planes, work.range, at, products + k * out);
+    if (conv.sums) work.sums[first + k] += sum;
   }
 }
 
@@ -98,7 +98,7 @@ void run_by(const Convolution& conv, const Scheme& scheme, const Tensor& model) 
   Tensor filters = workspace(largest.filters[kTerms]), buffers = workspace(tasks * each);
   float *filters_data = result_of<float>(filters), *buffers_data = result_of<float>(buffers);
   const std::vector<float> zeros(in, 0.0f);
-  std::vector<float> masses(conv.times ? count : 0, 0.0f);  // of each patch
+  std::vector<float> sums(conv.sums ? count : 0, 0.0f);  // of each patch
   for (Range range{0, 0}; range.first < out; range.first += range.count) {
     range.count = min64(most, out - range.first);
     const Planes<kTerms> planes = planes_of(range.count);
@@ -108,7 +108,7 @@ void run_by(const Convolution& conv, const Scheme& scheme, const Tensor& model) 
                                                  filters_data);
       });
     });
-    const Work work{conv, grid, range, filters_data, zeros.data(), masses.data()};
+    const Work work{conv, grid, range, filters_data, zeros.data(), sums.data()};
     torch::stable::parallel_for(0, tasks, 1, [&](int64_t first_task, int64_t last_task) {
       simd::run_wide([&](auto lanes) RLRP_INLINE {
         for (int64_t task = first_task; task < last_task; ++task) {
@@ -122,7 +122,7 @@ void run_by(const Convolution& conv, const Scheme& scheme, const Tensor& model) 
     });
   }
   const int64_t sample = grid.down * grid.along;
-  for (size_t k = 0; k < masses.size(); ++k) conv.mass[k / sample] += masses[k];  // always in this order
+  for (size_t k = 0; k < sums.size(); ++k) conv.sums[k / sample] += sums[k];  // always in this order
 }
 
 bool is_square(const int64_t (&kernel)[2]) { return kernel[0] == 3 && kernel[1] == 3; }
@@ -210,7 +210,7 @@ struct Arguments {
     const bool strewn = height * width == 1 && weight.stride(0) != 1 && weight.stride(1) != 1;
     const Tensor w = strewn ? kept.emplace_back(torch::stable::contiguous(weight)) : weight;
     conv.filters = {data_of<float>(w), w.stride(transpose), w.stride(!transpose), {w.stride(2), w.stride(3)},
-                    vector("scale", scale, w.size(0)), transpose ? 0 : 1, transpose ? 1 : 0, nullptr};
+                    vector("scale", scale, w.size(0)), transpose ? 0 : 1, transpose ? 1 : 0};
   }
 
   Ints shape() const { return {conv.batch, conv.out.channels, conv.out.size[0], conv.out.size[1]}; }
@@ -227,9 +227,19 @@ struct Arguments {
   }
 
   void run_into(Tensor& y) {
-    if (transpose && y.numel() == 0) return;
+    if (y.numel() == 0) return;
     conv.y = result_of<float>(y);
     run(conv, transpose, y);
+  }
+
+  // Returns what is summed on the way, for each sample.
+  Tensor run_and_sum_into(Tensor& y) {
+    std::vector<double> sums(conv.batch, 0.0);
+    conv.sums = sums.data();
+    run_into(y);
+    Tensor result = new_masses(y);
+    std::copy(sums.begin(), sums.end(), result_of<float>(result));
+    return result;
   }
 };
 
@@ -239,14 +249,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
   Arguments a("convolution", x, weight, scale, stride, padding);
   a.conv.bias = a.vector("bias", bias, weight.size(0));
   a.conv.relu = relu;
-  Tensor y = new_image(x, a.shape(), true), mass = new_image(x, {weight.size(0)}, false);
+  Tensor y = new_image(x, a.shape(), true);
   if (other) {
     check_like(a.op, "other", *other, "the result", y);
     a.conv.other = a.data(*other, true);
   }
-  a.conv.filters.mass = result_of<float>(mass);
-  a.run_into(y);
-  return {y, mass};
+  Tensor before = a.run_and_sum_into(y);
+  return {y, before};
 }
 
 Tensor transpose(const Tensor& g, const Tensor& weight, const std::optional<Tensor>& scale, const Ints& size,
@@ -270,12 +279,7 @@ Tensor multiply_into(const char* op, Tensor& y, const Tensor& x, const Tensor& g
   RLRP_CHECK(sizes_of(x) == shape, op, "x must have the shape of the convolution's input");
   a.conv.factor = a.vector("factor", factor, shape[0]);
   a.conv.times = a.data(x, true);
-  Tensor result = new_masses(x);
-  std::vector<double> mass(shape[0], 0.0);
-  a.conv.mass = mass.data();
-  a.run_into(y);
-  std::copy(mass.begin(), mass.end(), result_of<float>(result));
-  return result;
+  return a.run_and_sum_into(y);
 }
 
 std::tuple<Tensor, Tensor> product(const Tensor& x, const Tensor& g, const Tensor& weight,

@@ -40,7 +40,6 @@ struct Filters {
   int64_t out, in, step[2];      // strides
   const float* scale;            // of a filter, so of the outputs or, on the way back, of the inputs
   int64_t scale_out, scale_in;
-  float* mass;  // Σ |tap| of each output
 };
 
 struct Place {
@@ -57,7 +56,7 @@ struct Convolution {
   bool relu;
   // What y is multiplied by, which may be y as it was, and a factor for each sample.
   const float *times, *factor;
-  double* mass;  // of each sample of the product
+  double* sums;  // of each sample, if they are wanted: of |y| of a product, else of what precedes ReLU
 
   // The input that the output at a place meets by the tap (i, j); zeros outside of the image.
   const float* pixel(const Place& at, int64_t i, int64_t j, const float* zeros) const {
@@ -92,7 +91,7 @@ struct Work {
   Grid grid;
   Range range;
   const float *filters, *zeros;
-  float* masses;  // of each patch
+  float* sums;  // of each patch
 };
 
 // Where each term of patches, filters and products begins, and how many numbers a patch has of it.
@@ -101,7 +100,7 @@ struct Planes {
   int64_t depth[kTerms], patches[kTerms + 1], filters[kTerms + 1], products;
 };
 
-// The taps (i, j) of an input's filters, one for each lane's output, scaled; their mass is added up.
+// The taps (i, j) of an input's filters, one for each lane's output, scaled.
 template <int kLanes>
 struct Taps {
   const Filters& f;
@@ -116,12 +115,10 @@ struct Taps {
     }
   }
 
-  RLRP_INLINE Vector<kLanes> operator()(int64_t i, int64_t j, Vector<kLanes>& mass) const {
+  RLRP_INLINE Vector<kLanes> operator()(int64_t i, int64_t j) const {
     float gathered[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) gathered[lane] = first[lane * f.out + i * f.step[0] + j * f.step[1]];
-    const Vector<kLanes> tap = load<kLanes>(gathered) * load<kLanes>(scale);
-    mass += magnitude(tap);
-    return tap;
+    return load<kLanes>(gathered) * load<kLanes>(scale);
   }
 };
 
@@ -142,24 +139,26 @@ RLRP_INLINE inline void multiply(int64_t first, int64_t last, const At& at, cons
   }
 }
 
-// What becomes of some channels of an output: offset says where they lie. Adds to the mass.
+// What becomes of some channels of an output: offset says where they lie. Adds to the output's sum.
 template <int kLanes>
 RLRP_INLINE inline void put(const Convolution& conv, int64_t offset, const Vector<kLanes>& output,
-                            float factor, Vector<kLanes>& mass) {
+                            float factor, Vector<kLanes>& sum) {
   Vector<kLanes> y = output;
   if (conv.other) y += load<kLanes>(conv.other + offset);
-  if (conv.relu) y = y < 0 ? Vector<kLanes>{} : y;  // a NaN stays
   if (conv.times) {
     y = y * factor * load<kLanes>(conv.times + offset);
-    mass += magnitude(y);
+    sum += magnitude(y);
+  } else {
+    sum += y;
   }
+  if (conv.relu) y = y < 0 ? Vector<kLanes>{} : y;
   store<kLanes>(conv.y + offset, y);
 }
 
 template <int kLanes>
-RLRP_INLINE inline float total(const Vector<kLanes>& mass) {
+RLRP_INLINE inline float total(const Vector<kLanes>& lanes) {
   float sum = 0;
-  for (int lane = 0; lane < kLanes; ++lane) sum += mass[lane];
+  for (int lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
   return sum;
 }
 

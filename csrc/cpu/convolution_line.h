@@ -49,7 +49,6 @@ struct Line {
         to[t] = result + planes.filters[t] + k / kPanel<kLanes> * kPanel<kLanes> * planes.depth[t] +
                 k % kPanel<kLanes>;
       }
-      Vector<kLanes> mass{};
       for (int64_t in = 0; in < conv.in.channels; ++in) {
         const Taps<kLanes> taps(conv.filters, out, in);
         int64_t at = in * kPanel<kLanes>;
@@ -57,7 +56,7 @@ struct Line {
           Vector<kLanes> w[3] = {};
           for (int64_t i = 0; i < group.taps; ++i) {
             const int64_t tap = group.first + i * stride;
-            w[i] = axis ? taps(0, tap, mass) : taps(tap, 0, mass);
+            w[i] = axis ? taps(0, tap) : taps(tap, 0);
           }
           store<kLanes>(to[0] + at, w[0]);
           store<kLanes>(to[3] + at, w[group.taps - 1]);
@@ -70,7 +69,6 @@ struct Line {
           at += conv.in.channels * kPanel<kLanes>;
         }
       }
-      if (conv.filters.mass) store<kLanes>(conv.filters.mass + out, mass);
     }
   }
 
@@ -112,16 +110,16 @@ struct Line {
     const int64_t start = conv.out.offset(at.n, at.h, at.w) + range.first, next = conv.out.step[axis];
     const bool has_next = (axis ? at.w : at.h) + 1 < conv.out.size[axis];
     const float factor = conv.factor ? conv.factor[at.n] : 1.0f;
-    Vector<kLanes> mass{};
+    Vector<kLanes> sum{};
     for (int64_t c = 0; c < range.count; c += kLanes) {
       const Vector<kLanes> a = load<kLanes>(rows + c), b = load<kLanes>(rows + planes.products + c);
       const Vector<kLanes> d = load<kLanes>(rows + 2 * planes.products + c);
       const Vector<kLanes> e = load<kLanes>(rows + 3 * planes.products + c);
       const Vector<kLanes> bias = conv.bias ? load<kLanes>(conv.bias + range.first + c) : Vector<kLanes>{};
-      put<kLanes>(conv, start + c, a + b + d + bias, factor, mass);
-      if (has_next) put<kLanes>(conv, start + next + c, b - d - e + bias, factor, mass);
+      put<kLanes>(conv, start + c, a + b + d + bias, factor, sum);
+      if (has_next) put<kLanes>(conv, start + next + c, b - d - e + bias, factor, sum);
     }
-    return total<kLanes>(mass);
+    return total<kLanes>(sum);
   }
 };
 

@@ -37,38 +37,33 @@ struct Point {
   template <int kLanes>
   RLRP_INLINE static void copy_panel(const Filters& f, int64_t out, int64_t in, float* panel) {
     constexpr int kAhead = 16;
-    Vector<kLanes> mass[kColumns] = {};
     for (int64_t c = 0; c < in; ++c, panel += kPanel<kLanes>) {
       for (int j = 0; j < kColumns; ++j) {
         const float* taps = f.taps + out + j * kLanes + c * f.in;
         __builtin_prefetch(taps + kAhead * f.in);
-        scale_taps<kLanes>(f, out + j * kLanes, c, load<kLanes>(taps), panel + j * kLanes, mass[j]);
+        scale_taps<kLanes>(f, out + j * kLanes, c, load<kLanes>(taps), panel + j * kLanes);
       }
     }
-    for (int j = 0; f.mass && j < kColumns; ++j) store<kLanes>(f.mass + out + j * kLanes, mass[j]);
   }
 
   // Of filters one behind the other, as many as a vector holds.
   template <int kLanes>
   RLRP_INLINE static void turn_half(const Filters& f, int64_t out, int64_t in, float* panel) {
-    Vector<kLanes> mass{};
     for (int64_t c = 0; c < in; c += kLanes) {
       Vector<kLanes> taps[kLanes];
       for (int i = 0; i < kLanes; ++i) taps[i] = load<kLanes>(f.taps + (out + i) * f.out + c);
       simd::transpose<kLanes>(taps);
       for (int i = 0; i < kLanes; ++i, panel += kPanel<kLanes>) {
-        scale_taps<kLanes>(f, out, c + i, taps[i], panel, mass);
+        scale_taps<kLanes>(f, out, c + i, taps[i], panel);
       }
     }
-    if (f.mass) store<kLanes>(f.mass + out, mass);
   }
 
   template <int kLanes>
   RLRP_INLINE static void scale_taps(const Filters& f, int64_t out, int64_t in, const Vector<kLanes>& taps,
-                                     float* to, Vector<kLanes>& mass) {
+                                     float* to) {
     Vector<kLanes> scaled = taps;
     if (f.scale) scaled *= f.scale_out ? load<kLanes>(f.scale + out) : Vector<kLanes>{} + f.scale[in];
-    mass += magnitude(scaled);
     store<kLanes>(to, scaled);
   }
 };
@@ -82,7 +77,7 @@ struct Pixels {
   const float* from[kBlock];
   int64_t to[kBlock];
   float factor[kBlock];
-  Vector<kLanes> mass[kBlock];
+  Vector<kLanes> sum[kBlock];
 };
 
 // A panel's outputs of some of them. Pixels that lie `ahead` are brought near meanwhile, unless it is 0.
@@ -113,7 +108,7 @@ RLRP_INLINE inline void multiply_pixels(const Convolution& conv, Pixels<kLanes>&
     for (int j = 0; j < kColumns; ++j) {
       const int64_t c = channel + j * kLanes;
       if (conv.bias) sum[r][j] += load<kLanes>(conv.bias + c);
-      put<kLanes>(conv, pixels.to[first + r] + c, sum[r][j], pixels.factor[first + r], pixels.mass[first + r]);
+      put<kLanes>(conv, pixels.to[first + r] + c, sum[r][j], pixels.factor[first + r], pixels.sum[first + r]);
     }
   }
 }
@@ -135,7 +130,7 @@ RLRP_INLINE inline void convolve(const Work& work, const Point&, const Planes<Po
     }
     pixels.to[k] = conv.out.offset(at.n, at.h, at.w);
     pixels.factor[k] = conv.factor ? conv.factor[at.n] : 1.0f;
-    pixels.mass[k] = Vector<kLanes>{};
+    pixels.sum[k] = Vector<kLanes>{};
   }
   for (int64_t c = 0; c < work.range.count; c += kPanel<kLanes>) {
     const float* panel = work.filters + c * in;
@@ -150,7 +145,7 @@ RLRP_INLINE inline void convolve(const Work& work, const Point&, const Planes<Po
     }
     for (; k < count; ++k) multiply_pixels<kLanes, 1>(conv, pixels, k, panel, channel, 0);
   }
-  for (int64_t k = 0; conv.times && k < count; ++k) work.masses[first + k] += total<kLanes>(pixels.mass[k]);
+  for (int64_t k = 0; conv.sums && k < count; ++k) work.sums[first + k] += total<kLanes>(pixels.sum[k]);
 }
 
 }  // namespace convolution

@@ -24,12 +24,11 @@ struct Square {
     for (int64_t k = first; k < last; k += kLanes) {
       const int64_t out = range.first + k;
       float* to = result + k / kPanel<kLanes> * kPanel<kLanes> * conv.in.channels + k % kPanel<kLanes>;
-      Vector<kLanes> mass{};
       for (int64_t in = 0; in < conv.in.channels; ++in, to += kPanel<kLanes>) {
         const Taps<kLanes> taps(conv.filters, out, in);
         Vector<kLanes> half[kPatch][3];
         for (int j = 0; j < 3; ++j) {
-          const Vector<kLanes> a = taps(0, j, mass), b = taps(1, j, mass), d = taps(2, j, mass);
+          const Vector<kLanes> a = taps(0, j), b = taps(1, j), d = taps(2, j);
           half[0][j] = a;
           half[1][j] = 0.5f * (a + d + b);
           half[2][j] = 0.5f * (a + d - b);
@@ -44,7 +43,6 @@ struct Square {
           store<kLanes>(term + 3 * plane, half[i][2]);
         }
       }
-      if (conv.filters.mass) store<kLanes>(conv.filters.mass + out, mass);
     }
   }
 
@@ -80,14 +78,14 @@ struct Square {
     }
   }
 
-  // The outputs of a patch from its row of each plane; returns their mass.
+  // The outputs of a patch from its row of each plane; returns their sum.
   template <int kLanes>
   RLRP_INLINE float finish_patch(const Convolution& conv, const Planes<kTerms>& planes, const Range& range,
                                  const Place& at, const float* rows) const {
     const int64_t plane = planes.products;
     const int64_t start = conv.out.offset(at.n, at.h, at.w) + range.first;
     const float factor = conv.factor ? conv.factor[at.n] : 1.0f;
-    Vector<kLanes> mass{};
+    Vector<kLanes> sum{};
     for (int64_t c = 0; c < range.count; c += kLanes) {
       Vector<kLanes> half[kStep][kPatch];
 #pragma GCC unroll 4
@@ -106,11 +104,11 @@ struct Square {
 #pragma GCC unroll 2
         for (int j = 0; j < kStep; ++j) {
           if (!conv.out.has(at.h + i, at.w + j)) continue;
-          put<kLanes>(conv, start + i * conv.out.step[0] + j * conv.out.step[1] + c, y[j], factor, mass);
+          put<kLanes>(conv, start + i * conv.out.step[0] + j * conv.out.step[1] + c, y[j], factor, sum);
         }
       }
     }
-    return total<kLanes>(mass);
+    return total<kLanes>(sum);
   }
 };
 

@@ -79,6 +79,12 @@ def like_image(x):
     return x.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
 
 
+def assert_total(total, summands):
+    """Of each sample, before ReLU."""
+    summands = summands.flatten(1)
+    assert ((total - summands.sum(1)).abs() <= 1e-5 * summands.abs().sum(1)).all()
+
+
 @every_case
 @every_layout
 @pytest.mark.parametrize("relu", [False, True])
@@ -87,9 +93,9 @@ def test_forward(case, layout, relu):
     expected = convolved(exact(x), scaled(filters), filters, exact(filters.shift))
     other = rand(*expected.shape, dtype=torch.float32, layout=layout)
     expected = expected + exact(other)
-    y, mass = convolution.forward(x, filters, other, relu=relu)
+    y, total = convolution.forward(x, filters, other, relu=relu)
     agree(y, expected.relu() if relu else expected, torch.float32, scale=4)
-    agree(mass, scaled(filters).abs().flatten(1).sum(1), torch.float32, scale=4)
+    assert_total(total, expected)
     assert y.movedim(1, -1).is_contiguous()
 
 
@@ -97,9 +103,10 @@ def test_forward(case, layout, relu):
 def test_forward_of_filters_alone(case):
     x, filters = make(case, "channels_last")
     filters = filters._replace(scale=None, shift=None)
-    y, mass = convolution.forward(x, filters)
-    agree(y, convolved(exact(x), exact(filters.weight), filters), torch.float32, scale=4)
-    agree(mass, exact(filters.weight).abs().flatten(1).sum(1), torch.float32, scale=4)
+    y, total = convolution.forward(x, filters)
+    expected = convolved(exact(x), exact(filters.weight), filters)
+    agree(y, expected, torch.float32, scale=4)
+    assert_total(total, expected)
 
 
 @every_case
@@ -210,9 +217,18 @@ def test_what_is_not_finite_stays_so(value):
     x = torch.randn(1, 32, 8, 8)
     x[0, 3, 4, 4] = value
     weight = torch.rand(32, 32, 3, 3) * (1 if value > 0 else -1)
-    y, _ = convolution.forward(x, Filters(weight, None, None, [1, 1], [1, 1]), relu=True)
+    y, total = convolution.forward(x, Filters(weight, None, None, [1, 1], [1, 1]), relu=True)
     assert not y.isfinite().all()
     assert y[..., :2, :2].isfinite().all()  # far away
+    assert not total.isfinite().any()
+
+
+def test_an_infinity_that_relu_hides_shows_in_the_sum():
+    x, weight = torch.rand(2, 32, 5, 5), torch.rand(32, 32, 1, 1)
+    x[0, 3, 4, 4] = -float("inf")
+    y, total = convolution.forward(x, Filters(weight, None, None, [1, 1], [0, 0]), relu=True)
+    assert y.isfinite().all()
+    assert total.isfinite().tolist() == [False, True]
 
 
 def test_what_it_covers():
