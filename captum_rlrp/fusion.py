@@ -184,7 +184,11 @@ def _fuse_convolution(
     activate = None if activation is None else _overwriting(activation)
     window, fused = _window(call), _fused(activation)
     x, weight = (call.args[name].meta["val"] for name in ("input", "weight"))
-    suits = window is not None and convolution.suits(x, weight, *window, call.args["groups"])
+    suits = (
+        window is not None
+        and convolution.suits(x, weight, *window, call.args["groups"])
+        and (norm is None or all(n.meta["val"].dtype == weight.dtype for n in norm.nodes()))
+    )
     return FusedConvolution(
         node, call, norm, other, activation, tuple(covers), activate, window, fused, suits
     )

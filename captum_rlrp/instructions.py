@@ -101,7 +101,7 @@ class FusedConvolution:
         assert self.window is not None
         scale, shift = None, run.value(self.conv.args["bias"])
         if self.norm is not None:
-            scale, shift = (v.to(weight.dtype) for v in run.scratch[self.norm.node])
+            scale, shift = run.scratch[self.norm.node]
         stride, padding, _ = self.window
         return Filters(weight, scale, shift, stride, padding)
 

@@ -104,12 +104,14 @@ RLRP_INLINE inline void multiply_pixels(const Convolution& conv, Pixels<kLanes>&
   if (!ahead) multiply<kLanes, kCount>(0, depth, at, panel, sum);
 #pragma GCC unroll 12
   for (int r = 0; r < kCount; ++r) {
+    Vector<kLanes> total = pixels.sum[first + r];
 #pragma GCC unroll 2
     for (int j = 0; j < kColumns; ++j) {
       const int64_t c = channel + j * kLanes;
       if (conv.bias) sum[r][j] += load<kLanes>(conv.bias + c);
-      put<kLanes>(conv, pixels.to[first + r] + c, sum[r][j], pixels.factor[first + r], pixels.sum[first + r]);
+      put<kLanes>(conv, pixels.to[first + r] + c, sum[r][j], pixels.factor[first + r], total);
     }
+    pixels.sum[first + r] = total;
   }
 }
 
