@@ -48,13 +48,16 @@ DENSE = {  # rows, inputs, outputs
     "vgg16.fc2": (1, 4096, 4096),
     "vit_b_16.mlp": (197, 768, 3072),
 }
-CONVOLUTIONS = [  # layer, batch, channels, filters, size, taps, stride along rows
+CONVOLUTIONS = [  # layer, batch, channels, filters, size, taps, stride along their axes
     ("resnet50.layer1.conv2", 8, 64, 64, (56, 56), (3, 3), 1),
     ("resnet50.layer3.conv2", 8, 256, 256, (14, 14), (3, 3), 1),
     ("resnet50.layer3.conv2", 1, 256, 256, (14, 14), (3, 3), 1),
     ("vgg16.conv1_2", 1, 64, 64, (224, 224), (3, 3), 1),
     ("vgg16.conv4_2", 4, 512, 512, (28, 28), (3, 3), 1),
     ("densenet121.block1", 4, 128, 32, (56, 56), (3, 3), 1),
+    ("resnet50.layer2.0.conv2", 8, 128, 128, (56, 56), (3, 3), 2),
+    ("resnet50.layer3.0.conv2", 8, 256, 256, (28, 28), (3, 3), 2),
+    ("alexnet.features.3", 8, 64, 192, (27, 27), (5, 5), 1),
     ("resnet50.layer1.conv3", 8, 64, 256, (56, 56), (1, 1), 1),
     ("resnet50.layer3.conv1", 8, 1024, 256, (14, 14), (1, 1), 1),
     ("resnet50.layer4.conv3", 1, 512, 2048, (7, 7), (1, 1), 1),
@@ -265,7 +268,7 @@ def test_pointwise_gradient(benchmark, shape):
 def test_convolution(benchmark, direction, layer):
     """Filters as each side likes them best: laid out as the image, and as modules have them."""
     name, batch, channels, out, size, taps, stride = layer
-    strides, padding = [1, stride], [(k - 1) // 2 for k in taps]
+    strides, padding = [min(stride, k) for k in taps], [(k - 1) // 2 for k in taps]
     x = make((batch, channels, *size), torch.float32, torch.channels_last)
     weight = make((out, channels, *taps), torch.float32, torch.channels_last)
     bias = torch.zeros(out)

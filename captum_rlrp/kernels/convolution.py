@@ -1,4 +1,4 @@
-"""Our own convolutions, with what follows applied on the way: of 3×3, along one axis, and of 1×1.
+"""Our own convolutions, with what follows applied: along both axes, along one, and of 1×1.
 
 The first two go by Winograd's algorithm, in fewer multiplications. float32 on the CPU, channels in
 multiples of 32; :func:`covers` tells.
@@ -18,10 +18,13 @@ from captum_rlrp.kernels.extension import ops
 from captum_rlrp.kernels.onednn import Operand
 
 _MULTIPLE = 32  # of which numbers of channels must be
-# Patches of 2×2 outputs, up to which transforming filters of 3×3 takes longer than is gained.
+# Patches of 2×2 outputs, up to which transforming filters takes longer than is gained.
 _FEW_PATCHES = 24
 _FEW_PIXELS = 4  # likewise, of 1×1
-_TAPS = range(3, 33)  # along one axis
+_TAPS = range(3, 33)  # along one axis alone
+_TAPS_OF_BOTH = range(3, 8)
+# Elements of filters with a stride along both axes, beyond which as much is lost as is gained.
+_MANY_WITH_STRIDE = 2**20
 _MOST_STRIDE = 2  # beyond which its input gradient falls apart into too many convolutions
 
 # Without wide vectors nobody measured it.
@@ -32,7 +35,7 @@ class Filters(NamedTuple):
     """Filters of an image or a signal, and what follows them.
 
     Attributes:
-        weight: ``(K, C, 3, 3)``, ``(K, C, 1, k)``, ``(K, C, k, 1)`` or ``(K, C, k)``; k may be 1.
+        weight: ``(K, C, k, k)``, ``(K, C, 1, k)``, ``(K, C, k, 1)`` or ``(K, C, k)``.
         scale: What each filter's result is multiplied by; None means 1.
         shift: What is added to it then; None means 0.
         stride: One number for each axis.
@@ -84,7 +87,7 @@ def suits(
         and x.dtype == weight.dtype == torch.float32
         and len(x.shape) == weight.dim()
         and all(p < k for p, k in zip(padding, weight.shape[2:], strict=True))
-        and (_is_square(weight, stride) or _is_line(weight, stride) or _is_point(weight, stride))
+        and (_is_area(weight, stride) or _is_line(weight, stride) or _is_point(weight, stride))
     )
 
 
@@ -93,13 +96,18 @@ def pays(x: Operand, weight: Tensor) -> bool:
     if x.dtype != weight.dtype:
         return False
     taps = weight.shape[2:]
-    if taps == (3, 3):
+    if len(taps) == 2 and min(taps) > 1:
         return x.shape[0] * (x.shape[2] // 2) * (x.shape[3] // 2) > _FEW_PATCHES
     return max(taps) > 1 or x.shape[0] * math.prod(x.shape[2:]) > _FEW_PIXELS
 
 
-def _is_square(weight: Tensor, stride: Sequence[int]) -> bool:
-    return weight.shape[2:] == (3, 3) and max(stride) == 1
+def _is_area(weight: Tensor, stride: Sequence[int]) -> bool:
+    taps, strides = weight.shape[2:], max(stride)
+    return (
+        len(taps) == 2
+        and all(k in _TAPS_OF_BOTH for k in taps)
+        and (strides == 1 or (strides <= _MOST_STRIDE and weight.numel() <= _MANY_WITH_STRIDE))
+    )
 
 
 def _is_line(weight: Tensor, stride: Sequence[int]) -> bool:

@@ -1,6 +1,6 @@
 // Convolutions over images in channels_last, and their input gradients, with what follows applied on the way:
-// by Winograd's algorithms for filters of 3×3 (convolution_square.h) and those along one axis
-// (convolution_line.h), and as they are for 1×1 (convolution_point.h).
+// by Winograd's algorithms for filters along both axes (convolution_area.h) or one of them (convolution_line.h),
+// and as they are for 1×1 (convolution_point.h).
 //
 // An image is cut into patches, one for every few outputs. By Winograd's algorithms, patches and filters are
 // transformed to a few terms a channel; for each term, a matrix product over the channels; and back. That is
@@ -8,9 +8,9 @@
 #include <algorithm>
 #include <tuple>
 
+#include "convolution_area.h"
 #include "convolution_line.h"
 #include "convolution_point.h"
-#include "convolution_square.h"
 
 namespace rlrp {
 namespace convolution {
@@ -19,7 +19,7 @@ namespace {
 constexpr int64_t kLeast = 8;          // patches that are worth a task of their own
 constexpr int64_t kFilters = 1 << 20;  // elements of the filters that are transformed at a time
 constexpr int64_t kMultiple = 32;      // channels come in multiples of it
-constexpr int64_t kMostTaps = 64;
+constexpr int64_t kMostTaps = 64;      // along an axis
 
 // Some rows of a matrix product.
 template <int kLanes, int kCount>
@@ -125,8 +125,6 @@ void run_by(const Convolution& conv, const Scheme& scheme, const Tensor& model) 
   for (size_t k = 0; k < sums.size(); ++k) conv.sums[k / sample] += sums[k];  // always in this order
 }
 
-bool is_square(const int64_t (&kernel)[2]) { return kernel[0] == 3 && kernel[1] == 3; }
-
 // The input gradient as a convolution over the outputs' gradient, turned by half a turn: with a stride, one
 // for every phase of the inputs, which meet other taps. Nothing is left where a phase has no inputs.
 void turn(Convolution& conv, int axis, int64_t phase) {
@@ -146,20 +144,22 @@ void turn(Convolution& conv, int axis, int64_t phase) {
   conv.stride[axis] = 1;
 }
 
+// By the scheme for filters of that size, of which conv may have a phase.
+void run_one(const Convolution& conv, const int64_t (&kernel)[2], const Tensor& model) {
+  if (kernel[0] > 1 && kernel[1] > 1) return run_by(conv, Area(conv.kernel, conv.stride), model);
+  if (kernel[0] == 1 && kernel[1] == 1) return run_by(conv, Point{}, model);
+  const int axis = kernel[0] == 1;
+  run_by(conv, Line(axis, conv.kernel[axis], conv.stride[axis]), model);
+}
+
 void run(const Convolution& conv, bool transpose, const Tensor& model) {
-  const int axis = conv.kernel[0] == 1;
-  for (int64_t phase = 0; phase < (transpose ? conv.stride[axis] : 1); ++phase) {
-    Convolution turned = conv;
-    if (transpose) {
-      turn(turned, axis, phase);
-      turn(turned, 1 - axis, 0);
-    }
-    if (is_square(conv.kernel)) {
-      run_by(turned, Square{}, model);
-    } else if (conv.kernel[axis] == 1) {
-      run_by(turned, Point{}, model);
-    } else {
-      run_by(turned, Line(axis, turned.kernel[axis], turned.stride[axis]), model);
+  if (!transpose) return run_one(conv, conv.kernel, model);
+  for (int64_t down = 0; down < conv.stride[0]; ++down) {
+    for (int64_t along = 0; along < conv.stride[1]; ++along) {
+      Convolution turned = conv;
+      turn(turned, 0, down);
+      turn(turned, 1, along);
+      run_one(turned, conv.kernel, model);
     }
   }
 }
@@ -185,13 +185,12 @@ struct Arguments {
     RLRP_CHECK(stride.size() == 2 && padding.size() == 2, op, "stride and padding must have 2 elements");
     std::copy_n(weight.sizes().begin() + 2, 2, conv.kernel);
     const auto [height, width] = conv.kernel;
-    const bool square = is_square(conv.kernel);
-    RLRP_CHECK(square || (min64(height, width) == 1 && height + width <= kMostTaps + 1), op,
-               "weight must be of 3×3, or of at most ", kMostTaps, " taps along one axis");
+    RLRP_CHECK(height <= kMostTaps && width <= kMostTaps, op, "weight must have at most ", kMostTaps,
+               " taps along an axis");
     int64_t outputs[2];
     for (int i = 0; i < 2; ++i) {
-      RLRP_CHECK(stride[i] == 1 || (!square && stride[i] > 1 && stride[i] <= conv.kernel[i]), op,
-                 "stride must be 1, or up to the number of taps along their axis");
+      RLRP_CHECK(stride[i] >= 1 && stride[i] <= conv.kernel[i], op,
+                 "stride must be from 1 to the number of taps along its axis");
       RLRP_CHECK(padding[i] >= 0 && padding[i] < conv.kernel[i], op, "padding must be less than the filters");
       conv.stride[i] = stride[i];
       conv.padding[i] = padding[i];
