@@ -265,7 +265,9 @@ def conv(
             if is_fast and max(window[2]) == 1:
                 result: Tensor = ops.conv_few.default(g, weight, list(input_shape), *window[:2])
                 return result
-        elif convolution.covers(g, weight, window[0], window[1], window[2], groups):
+        elif convolution.suits(
+            g, weight, window[0], window[1], window[2], groups
+        ) and convolution.pays(g, weight):
             filters = convolution.Filters(weight, None, None, window[0], window[1])
             return convolution.transpose(g, filters, input_shape[2:])
         elif onednn.covers(g, weight) and onednn.is_product(

@@ -1,7 +1,7 @@
 """Our own convolutions, with what follows applied: along both axes, along one, and of 1×1.
 
 The first two go by Winograd's algorithm, in fewer multiplications. float32 on the CPU, channels in
-multiples of 32; :func:`covers` tells.
+multiples of 32; :func:`suits` and :func:`pays` tell.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Filters(NamedTuple):
     """Filters of an image or a signal, and what follows them.
 
     Attributes:
-        weight: ``(K, C, k, k)``, ``(K, C, 1, k)``, ``(K, C, k, 1)`` or ``(K, C, k)``.
+        weight: ``(K, C, h, w)`` or ``(K, C, k)``.
         scale: What each filter's result is multiplied by; None means 1.
         shift: What is added to it then; None means 0.
         stride: One number for each axis.
@@ -56,18 +56,6 @@ class Filters(NamedTuple):
         return self._replace(weight=weight, stride=stride, padding=padding)
 
 
-def covers(
-    x: Operand,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> bool:
-    """Whether it convolves the two, or their gradient, and faster than oneDNN does."""
-    return suits(x, weight, stride, padding, dilation, groups) and pays(x, weight)
-
-
 def suits(
     x: Operand,
     weight: Tensor,
@@ -76,7 +64,7 @@ def suits(
     dilation: Sequence[int],
     groups: int,
 ) -> bool:
-    """The same whatever the sizes of batch and image."""
+    """Whether it convolves the two, or their gradient, whatever the sizes of batch and image."""
     return (
         _IS_FAST
         and groups == 1
@@ -92,7 +80,7 @@ def suits(
 
 
 def pays(x: Operand, weight: Tensor) -> bool:
-    """Whether a convolution that suits is worth it for so many pixels."""
+    """Whether what suits is faster than oneDNN's at so many pixels of x, or of the gradient."""
     if x.dtype != weight.dtype:
         return False
     taps = weight.shape[2:]
