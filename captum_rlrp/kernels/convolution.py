@@ -18,13 +18,9 @@ from captum_rlrp.kernels.extension import ops
 from captum_rlrp.kernels.onednn import Operand
 
 _MULTIPLE = 32  # of which numbers of channels must be
-# Patches of 2×2 outputs, up to which transforming filters takes longer than is gained.
-_FEW_PATCHES = 24
-_FEW_PIXELS = 4  # likewise, of 1×1
+_FEW_PIXELS = 4  # of 1×1, up to which laying out its filters takes longer than is gained
 _TAPS = range(3, 33)  # along one axis alone
 _TAPS_OF_BOTH = range(3, 8)
-# Elements of filters with a stride along both axes, beyond which as much is lost as is gained.
-_MANY_WITH_STRIDE = 2**20
 _MOST_STRIDE = 2  # beyond which its input gradient falls apart into too many convolutions
 
 # Without wide vectors nobody measured it.
@@ -83,19 +79,12 @@ def pays(x: Operand, weight: Tensor) -> bool:
     """Whether what suits is faster than oneDNN's at so many pixels of x, or of the gradient."""
     if x.dtype != weight.dtype:
         return False
-    taps = weight.shape[2:]
-    if len(taps) == 2 and min(taps) > 1:
-        return x.shape[0] * (x.shape[2] // 2) * (x.shape[3] // 2) > _FEW_PATCHES
-    return max(taps) > 1 or x.shape[0] * math.prod(x.shape[2:]) > _FEW_PIXELS
+    return max(weight.shape[2:]) > 1 or x.shape[0] * math.prod(x.shape[2:]) > _FEW_PIXELS
 
 
 def _is_area(weight: Tensor, stride: Sequence[int]) -> bool:
-    taps, strides = weight.shape[2:], max(stride)
-    return (
-        len(taps) == 2
-        and all(k in _TAPS_OF_BOTH for k in taps)
-        and (strides == 1 or (strides <= _MOST_STRIDE and weight.numel() <= _MANY_WITH_STRIDE))
-    )
+    taps = weight.shape[2:]
+    return len(taps) == 2 and all(k in _TAPS_OF_BOTH for k in taps) and max(stride) <= _MOST_STRIDE
 
 
 def _is_line(weight: Tensor, stride: Sequence[int]) -> bool:

@@ -1,37 +1,104 @@
 // Convolutions over images in channels_last, and their input gradients, with what follows applied on the way:
-// by Winograd's algorithms for filters along both axes (convolution_area.h) or one of them (convolution_line.h),
-// and as they are for 1×1 (convolution_point.h).
+// by Winograd's algorithms for filters of 3×3 (convolution_square.h), of other sizes along both axes
+// (convolution_area.h) or along one of them (convolution_line.h), and as they are for 1×1 (convolution_point.h).
 //
 // An image is cut into patches, one for every few outputs. By Winograd's algorithms, patches and filters are
 // transformed to a few terms a channel; for each term, a matrix product over the channels; and back. That is
 // done for some of the filters and a block of patches at a time, few enough to stay in the caches.
 #include <algorithm>
+#include <numeric>
 #include <tuple>
 
 #include "convolution_area.h"
 #include "convolution_line.h"
 #include "convolution_point.h"
+#include "convolution_square.h"
 
 namespace rlrp {
 namespace convolution {
 namespace {
 
 constexpr int64_t kLeast = 8;          // patches that are worth a task of their own
-constexpr int64_t kFilters = 1 << 20;  // elements of the filters that are transformed at a time
+constexpr int64_t kFilters = 1 << 21;  // elements of the filters that are transformed at a time
+constexpr int64_t kDepth = 128;        // summed at a time: it rounds less, and a panel of it stays near
+constexpr int64_t kCached = 5 << 19;   // of a result that caches may still hold when it is read
 constexpr int64_t kMultiple = 32;      // channels come in multiples of it
 constexpr int64_t kMostTaps = 64;      // along an axis
 
-// Some rows of a matrix product.
+// Some rows of a matrix product over some of the depth, which is added to what was found before.
 template <int kLanes, int kCount>
-RLRP_INLINE inline void multiply_rows(int64_t depth, const float* rows, const float* panel, float* result,
-                                      int64_t result_step) {
+RLRP_INLINE inline void multiply_rows(int64_t first, int64_t last, const float* rows, int64_t depth,
+                                      const float* panel, float* result, int64_t result_step) {
   Vector<kLanes> sum[kCount][kColumns] = {};
   multiply<kLanes, kCount>(
-      0, depth, [&](int r, int64_t k) RLRP_INLINE { return rows[r * depth + k]; }, panel, sum);
+      first, last, [&](int r, int64_t k) RLRP_INLINE { return rows[r * depth + k]; }, panel, sum);
 #pragma GCC unroll 12
   for (int r = 0; r < kCount; ++r) {
 #pragma GCC unroll 2
-    for (int j = 0; j < kColumns; ++j) store<kLanes>(result + r * result_step + j * kLanes, sum[r][j]);
+    for (int j = 0; j < kColumns; ++j) {
+      float* to = result + r * result_step + j * kLanes;
+      store<kLanes>(to, first ? load<kLanes>(to) + sum[r][j] : sum[r][j]);
+    }
+  }
+}
+
+// Where the terms of so many patches and filters lie.
+template <class Scheme>
+Planes<Scheme::kTerms> planes_of(const Convolution& conv, const Scheme& scheme, int64_t patches, int64_t filters) {
+  Planes<Scheme::kTerms> planes{};
+  for (int term = 0; term < Scheme::kTerms; ++term) {
+    const int64_t depth = scheme.depth(term) * conv.in.channels;
+    planes.depth[term] = depth;
+    planes.patches[term + 1] = planes.patches[term] + patches * (depth + Scheme::kGap) + kPad;
+    planes.filters[term + 1] = planes.filters[term] + filters * depth + kPad;
+  }
+  planes.products = kBlock * filters + kPad;
+  return planes;
+}
+
+// Transforms the patches from one to another to as many rows, and adds rows of zeros to a number that is
+// multiplied at a time.
+template <int kLanes, class Scheme>
+RLRP_INLINE inline void transform(const Work& work, const Scheme& scheme, const Planes<Scheme::kTerms>& planes,
+                                  int64_t first, int64_t last, int64_t row, float* patches) {
+  for (int64_t k = first; k < last; ++k, ++row) {
+    scheme.template transform_patch<kLanes>(work.conv, planes, work.grid.place(k), work.zeros, row, patches);
+  }
+  const int64_t more = ceil_div(row, kFewRows<kLanes>) * kFewRows<kLanes> - row;
+  for (int term = 0; term < Scheme::kTerms; ++term) {
+    const int64_t depth = planes.depth[term];
+    std::fill_n(patches + planes.patches[term] + row * depth, more * depth, 0.0f);
+  }
+}
+
+// Multiplies and finishes the patches from one to another, at most kBlock of them, which begin at a row.
+template <int kLanes, class Scheme>
+RLRP_INLINE inline void finish(const Work& work, const Scheme& scheme, const Planes<Scheme::kTerms>& planes,
+                               int64_t first, int64_t last, int64_t row, const float* patches, float* products) {
+  constexpr int kMany = kRows<kLanes>, kFew = kFewRows<kLanes>;
+  const int64_t out = work.range.count, count = last - first, rows = ceil_div(count, kFew) * kFew;
+  for (int term = 0; term < Scheme::kTerms; ++term) {
+    const int64_t depth = planes.depth[term];
+    const float* from = patches + planes.patches[term] + row * depth;
+    float* to = products + term * planes.products;
+    for (int64_t c = 0; c < out; c += kPanel<kLanes>) {
+      const float* panel = work.filters + planes.filters[term] + c * depth;
+      for (int64_t start = 0; start == 0 || start < depth; start += kDepth) {  // once where there are none
+        const int64_t end = min64(start + kDepth, depth);
+        int64_t k = 0;
+        for (; k + kMany <= rows; k += kMany) {
+          multiply_rows<kLanes, kMany>(start, end, from + k * depth, depth, panel, to + k * out + c, out);
+        }
+        for (; k < rows; k += kFew) {
+          multiply_rows<kLanes, kFew>(start, end, from + k * depth, depth, panel, to + k * out + c, out);
+        }
+      }
+    }
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    const Place at = work.grid.place(first + k);
+    const float sum = scheme.template finish_patch<kLanes>(work.conv, planes, work.range, at, products + k * out);
+    if (work.conv.sums) work.sums[first + k] += sum;
   }
 }
 
@@ -39,90 +106,111 @@ RLRP_INLINE inline void multiply_rows(int64_t depth, const float* rows, const fl
 template <int kLanes, class Scheme>
 RLRP_INLINE inline void convolve(const Work& work, const Scheme& scheme, const Planes<Scheme::kTerms>& planes,
                                  int64_t first, int64_t last, float* buffer) {
-  constexpr int kMany = kRows<kLanes>, kFew = kFewRows<kLanes>;
-  const Convolution& conv = work.conv;
-  const int64_t out = work.range.count, count = last - first, rows = ceil_div(count, kFew) * kFew;
-  float *patches = buffer, *products = buffer + planes.patches[Scheme::kTerms];
-  for (int64_t k = 0; k < count; ++k) {
-    scheme.template transform_patch<kLanes>(conv, planes, work.grid.place(first + k), work.zeros, k, patches);
-  }
-  for (int term = 0; term < Scheme::kTerms; ++term) {
-    const int64_t depth = planes.depth[term];
-    float *from = patches + planes.patches[term], *to = products + term * planes.products;
-    std::fill_n(from + count * depth, (rows - count) * depth, 0.0f);
-    for (int64_t c = 0; c < out; c += kPanel<kLanes>) {
-      const float* panel = work.filters + planes.filters[term] + c * depth;
-      int64_t row = 0;
-      for (; row + kMany <= rows; row += kMany) {
-        multiply_rows<kLanes, kMany>(depth, from + row * depth, panel, to + row * out + c, out);
+  transform<kLanes>(work, scheme, planes, first, last, 0, buffer);
+  finish<kLanes>(work, scheme, planes, first, last, 0, buffer, buffer + planes.patches[Scheme::kTerms]);
+}
+
+// Calls f with the number of each task, at most so many, and with where its share of `count` begins and ends.
+template <class F>
+void run_tasks(int64_t most, int64_t count, const F& f) {
+  const int64_t tasks = min64(most, count);
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t first_task, int64_t last_task) {
+    simd::run_wide([&](auto lanes) RLRP_INLINE {
+      for (int64_t task = first_task; task < last_task; ++task) {
+        f(lanes, task, count * task / tasks, count * (task + 1) / tasks);
       }
-      for (; row < rows; row += kFew) {
-        multiply_rows<kLanes, kFew>(depth, from + row * depth, panel, to + row * out + c, out);
-      }
+    });
+    simd::end_stream();
+  });
+}
+
+Tensor workspace(const Tensor& model, int64_t size) {
+  return torch::stable::empty({size}, ScalarType::Float, std::nullopt, model.device(), std::nullopt,
+                              MemoryFormat::Contiguous);
+}
+
+// Adds sums of each patch, by one or several parts of the filters, to its sample's; always in the same order.
+void add_up(const std::vector<float>& sums, const Grid& grid, const Convolution& conv) {
+  const int64_t count = grid.count(1);
+  for (auto sum = sums.begin(); sum != sums.end();) {
+    for (int64_t n = 0; n < conv.batch; ++n, sum += count) {
+      conv.sums[n] += std::accumulate(sum, sum + count, 0.0);
     }
   }
-  for (int64_t k = 0; k < count; ++k) {
-    const Place at = work.grid.place(first + k);
-    const float sum = scheme.template finish_patch<kLanes>(conv, planes, work.range, at, products + k * out);
-    if (conv.sums) work.sums[first + k] += sum;
+}
+
+// Each task takes some patches; the filters are transformed, as many as the caches hold, for all of them.
+template <class Scheme>
+void run_by_patches(const Convolution& conv, const Scheme& scheme, const Grid& grid, const float* zeros,
+                    const Tensor& model) {
+  constexpr int kTerms = Scheme::kTerms;
+  const int64_t out = conv.out.channels, count = grid.count(conv.batch);
+  const int64_t threads = torch::stable::get_num_threads(), tasks = min64(threads, ceil_div(count, kLeast));
+  const int64_t most = std::clamp(kFilters / planes_of(conv, scheme, 0, 1).filters[kTerms] / kMultiple * kMultiple,
+                                  kMultiple, out);
+  const Planes<kTerms> largest = planes_of(conv, scheme, kBlock, most);
+  const int64_t each = largest.patches[kTerms] + kTerms * largest.products;
+  Tensor memory = workspace(model, largest.filters[kTerms] + tasks * each);
+  float *filters = result_of<float>(memory), *buffers = filters + largest.filters[kTerms];
+  std::vector<float> sums(conv.sums ? count : 0, 0.0f);
+  for (Range range{0, 0}; range.first < out; range.first += range.count) {
+    range.count = min64(most, out - range.first);
+    const Planes<kTerms> planes = planes_of(conv, scheme, kBlock, range.count);
+    run_tasks(threads, range.count / kMultiple, [&](auto lanes, int64_t, int64_t first, int64_t last) RLRP_INLINE {
+      scheme.template transform_filters<lanes>(conv, planes, range, first * kMultiple, last * kMultiple, filters);
+    });
+    const Work work{conv, grid, range, filters, zeros, sums.data()};
+    run_tasks(tasks, count, [&](auto lanes, int64_t task, int64_t start, int64_t end) RLRP_INLINE {
+      for (int64_t first = start; first < end; first += kBlock) {
+        convolve<lanes>(work, scheme, planes, first, min64(first + kBlock, end), buffers + task * each);
+      }
+    });
   }
+  add_up(sums, grid, conv);
+}
+
+// Each task takes some filters, and transforms them a few at a time; the patches are transformed for all of them.
+template <class Scheme>
+void run_by_filters(const Convolution& conv, const Scheme& scheme, const Grid& grid, const float* zeros,
+                    const Tensor& model) {
+  constexpr int kTerms = Scheme::kTerms;
+  const int64_t count = grid.count(conv.batch), blocks = ceil_div(count, kBlock);
+  const int64_t threads = torch::stable::get_num_threads(), parts = conv.out.channels / kMultiple;
+  const Planes<kTerms> planes = planes_of(conv, scheme, blocks * kBlock, kMultiple);
+  const int64_t each = planes.filters[kTerms] + kTerms * planes.products;
+  Tensor memory = workspace(model, planes.patches[kTerms] + min64(threads, parts) * each);
+  float *patches = result_of<float>(memory), *buffers = patches + planes.patches[kTerms];
+  std::vector<float> sums(conv.sums ? parts * count : 0, 0.0f);
+  constexpr int64_t kShare = kFewRows<16>;  // patches; of fewer vectors it is a multiple of their kFewRows
+  const Work all{conv, grid, {}, nullptr, zeros, nullptr};
+  run_tasks(threads, ceil_div(count, kShare), [&](auto lanes, int64_t, int64_t start, int64_t end) RLRP_INLINE {
+    const int64_t first = start * kShare;
+    transform<lanes>(all, scheme, planes, first, min64(end * kShare, count), first, patches);
+  });
+  run_tasks(threads, parts, [&](auto lanes, int64_t task, int64_t start, int64_t end) RLRP_INLINE {
+    float *filters = buffers + task * each, *products = filters + planes.filters[kTerms];
+    for (int64_t part = start; part < end; ++part) {
+      const Range range{part * kMultiple, kMultiple};
+      scheme.template transform_filters<lanes>(conv, planes, range, 0, kMultiple, filters);
+      const Work work{conv, grid, range, filters, zeros, sums.data() + (conv.sums ? part * count : 0)};
+      for (int64_t first = 0; first < count; first += kBlock) {
+        finish<lanes>(work, scheme, planes, first, min64(first + kBlock, count), first, patches, products);
+      }
+    }
+  });
+  add_up(sums, grid, conv);
 }
 
 template <class Scheme>
 void run_by(const Convolution& conv, const Scheme& scheme, const Tensor& model) {
-  constexpr int kTerms = Scheme::kTerms;
-  const int64_t in = conv.in.channels, out = conv.out.channels;
   const Grid grid(conv, scheme.outputs);
-  const int64_t count = conv.batch * grid.down * grid.along;
-  int64_t depth = 1;
-  for (int term = 0; term < kTerms; ++term) depth += scheme.depth(term) * in;
-  const int64_t most = std::clamp(kFilters / depth / kMultiple * kMultiple, kMultiple, out);
-  const auto planes_of = [&](int64_t count) {
-    Planes<kTerms> planes{};
-    for (int term = 0; term < kTerms; ++term) {
-      planes.depth[term] = scheme.depth(term) * in;
-      planes.patches[term + 1] = planes.patches[term] + kBlock * (planes.depth[term] + Scheme::kGap) + kPad;
-      planes.filters[term + 1] = planes.filters[term] + count * planes.depth[term] + kPad;
+  const std::vector<float> zeros(conv.in.channels, 0.0f);
+  if constexpr (Scheme::kTerms > 1) {  // whatever takes less memory transformed stays as a whole
+    if (grid.count(conv.batch) <= conv.out.channels) {
+      return run_by_filters(conv, scheme, grid, zeros.data(), model);
     }
-    planes.products = kBlock * count + kPad;
-    return planes;
-  };
-  // Each task works through blocks of patches with buffers of its own.
-  const int64_t tasks = min64(torch::stable::get_num_threads(), ceil_div(count, kLeast));
-  const Planes<kTerms> largest = planes_of(most);
-  const int64_t each = largest.patches[kTerms] + kTerms * largest.products;
-  const auto workspace = [&](int64_t size) {
-    return torch::stable::empty({size}, ScalarType::Float, std::nullopt, model.device(), std::nullopt,
-                                MemoryFormat::Contiguous);
-  };
-  Tensor filters = workspace(largest.filters[kTerms]), buffers = workspace(tasks * each);
-  float *filters_data = result_of<float>(filters), *buffers_data = result_of<float>(buffers);
-  const std::vector<float> zeros(in, 0.0f);
-  std::vector<float> sums(conv.sums ? count : 0, 0.0f);  // of each patch
-  for (Range range{0, 0}; range.first < out; range.first += range.count) {
-    range.count = min64(most, out - range.first);
-    const Planes<kTerms> planes = planes_of(range.count);
-    torch::stable::parallel_for(0, range.count / kMultiple, 1, [&](int64_t first, int64_t last) {
-      simd::run_wide([&](auto lanes) RLRP_INLINE {
-        scheme.template transform_filters<lanes>(conv, planes, range, first * kMultiple, last * kMultiple,
-                                                 filters_data);
-      });
-    });
-    const Work work{conv, grid, range, filters_data, zeros.data(), sums.data()};
-    torch::stable::parallel_for(0, tasks, 1, [&](int64_t first_task, int64_t last_task) {
-      simd::run_wide([&](auto lanes) RLRP_INLINE {
-        for (int64_t task = first_task; task < last_task; ++task) {
-          const int64_t end = count * (task + 1) / tasks;
-          for (int64_t first = count * task / tasks; first < end; first += kBlock) {
-            const int64_t last = min64(first + kBlock, end);
-            convolve<lanes>(work, scheme, planes, first, last, buffers_data + task * each);
-          }
-        }
-      });
-    });
   }
-  const int64_t sample = grid.down * grid.along;
-  for (size_t k = 0; k < sums.size(); ++k) conv.sums[k / sample] += sums[k];  // always in this order
+  run_by_patches(conv, scheme, grid, zeros.data(), model);
 }
 
 // The input gradient as a convolution over the outputs' gradient, turned by half a turn: with a stride, one
@@ -146,6 +234,7 @@ void turn(Convolution& conv, int axis, int64_t phase) {
 
 // By the scheme for filters of that size, of which conv may have a phase.
 void run_one(const Convolution& conv, const int64_t (&kernel)[2], const Tensor& model) {
+  if (Square::suits(conv)) return run_by(conv, Square{}, model);
   if (kernel[0] > 1 && kernel[1] > 1) return run_by(conv, Area(conv.kernel, conv.stride), model);
   if (kernel[0] == 1 && kernel[1] == 1) return run_by(conv, Point{}, model);
   const int axis = kernel[0] == 1;
@@ -209,7 +298,7 @@ struct Arguments {
     const bool strewn = height * width == 1 && weight.stride(0) != 1 && weight.stride(1) != 1;
     const Tensor w = strewn ? kept.emplace_back(torch::stable::contiguous(weight)) : weight;
     conv.filters = {data_of<float>(w), w.stride(transpose), w.stride(!transpose), {w.stride(2), w.stride(3)},
-                    vector("scale", scale, w.size(0)), transpose ? 0 : 1, transpose ? 1 : 0};
+                    vector("scale", scale, w.size(0)), !transpose};
   }
 
   Ints shape() const { return {conv.batch, conv.out.channels, conv.out.size[0], conv.out.size[1]}; }
@@ -228,6 +317,7 @@ struct Arguments {
   void run_into(Tensor& y) {
     if (y.numel() == 0) return;
     conv.y = result_of<float>(y);
+    conv.streams = y.numel() > kCached && conv.y != conv.times && simd::streams(conv.y);
     run(conv, transpose, y);
   }
 

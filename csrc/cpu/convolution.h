@@ -39,7 +39,14 @@ struct Filters {
   const float* taps;
   int64_t out, in, step[2];      // strides
   const float* scale;            // of a filter, so of the outputs or, on the way back, of the inputs
-  int64_t scale_out, scale_in;
+  bool scales_out;
+
+  // That of some outputs, from one on, by an input.
+  template <int kLanes>
+  RLRP_INLINE Vector<kLanes> scale_of(int64_t out, int64_t in) const {
+    if (!scale) return Vector<kLanes>{} + 1.0f;
+    return scales_out ? load<kLanes>(scale + out) : Vector<kLanes>{} + scale[in];
+  }
 };
 
 struct Place {
@@ -54,6 +61,7 @@ struct Convolution {
   const float *x, *bias, *other;
   float* y;
   bool relu;
+  bool streams;  // y past the caches, which it would only empty
   // What y is multiplied by, which may be y as it was, and a factor for each sample.
   const float *times, *factor;
   double* sums;  // of each sample, if they are wanted: of |y| of a product, else of what precedes ReLU
@@ -74,6 +82,7 @@ struct Grid {
         down(ceil_div(conv.out.size[0], size[0])),
         along(ceil_div(conv.out.size[1], size[1])) {}
 
+  int64_t count(int64_t batch) const { return batch * down * along; }
   Place place(int64_t patch) const {
     const int64_t row = patch / along;
     return {row / down, row % down * size[0], patch % along * size[1]};
@@ -105,20 +114,18 @@ template <int kLanes>
 struct Taps {
   const Filters& f;
   const float* first;
-  float scale[kLanes];
+  Vector<kLanes> scale;
 
   RLRP_INLINE Taps(const Filters& f, int64_t out, int64_t in) : f(f), first(f.taps + out * f.out + in * f.in) {
     constexpr int kAhead = 8;  // inputs: their filters lie too far apart for the processor to foresee
-    for (int lane = 0; lane < kLanes; ++lane) {
-      __builtin_prefetch(first + lane * f.out + kAhead * f.in);
-      scale[lane] = f.scale ? f.scale[(out + lane) * f.scale_out + in * f.scale_in] : 1.0f;
-    }
+    for (int lane = 0; lane < kLanes; ++lane) __builtin_prefetch(first + lane * f.out + kAhead * f.in);
+    scale = f.scale_of<kLanes>(out, in);
   }
 
   RLRP_INLINE Vector<kLanes> operator()(int64_t i, int64_t j) const {
     float gathered[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) gathered[lane] = first[lane * f.out + i * f.step[0] + j * f.step[1]];
-    return load<kLanes>(gathered) * load<kLanes>(scale);
+    return load<kLanes>(gathered) * scale;
   }
 };
 
@@ -152,7 +159,11 @@ RLRP_INLINE inline void put(const Convolution& conv, int64_t offset, const Vecto
     sum += y;
   }
   if (conv.relu) y = y < 0 ? Vector<kLanes>{} : y;
-  store<kLanes>(conv.y + offset, y);
+  if (conv.streams) {
+    simd::stream<kLanes>(conv.y + offset, y);
+  } else {
+    store<kLanes>(conv.y + offset, y);
+  }
 }
 
 template <int kLanes>

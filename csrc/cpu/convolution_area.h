@@ -14,7 +14,8 @@ struct Area {
 
   Axis down, along;
 
-  Area(const int64_t (&taps)[2], const int64_t (&stride)[2]) : down(taps[0], stride[0]), along(taps[1], stride[1]) {}
+  Area(const int64_t (&taps)[2], const int64_t (&stride)[2])
+      : down(taps[0], stride[0]), along(taps[1], stride[1]) {}
 
   int64_t depth(int term) const { return down.depth[term / kAxisTerms] * along.depth[term % kAxisTerms]; }
 

@@ -62,9 +62,7 @@ struct Point {
   template <int kLanes>
   RLRP_INLINE static void scale_taps(const Filters& f, int64_t out, int64_t in, const Vector<kLanes>& taps,
                                      float* to) {
-    Vector<kLanes> scaled = taps;
-    if (f.scale) scaled *= f.scale_out ? load<kLanes>(f.scale + out) : Vector<kLanes>{} + f.scale[in];
-    store<kLanes>(to, scaled);
+    store<kLanes>(to, taps * f.scale_of<kLanes>(out, in));
   }
 };
 
@@ -89,7 +87,7 @@ RLRP_INLINE inline void multiply_pixels(const Convolution& conv, Pixels<kLanes>&
     row[r] = pixels.from[first + r];
     for (int j = 0; j < kColumns; ++j) {  // what the sums will meet
       const int64_t offset = pixels.to[first + r] + channel + j * kLanes;
-      __builtin_prefetch(conv.y + offset, 1);
+      if (!conv.streams) __builtin_prefetch(conv.y + offset, 1);
       if (conv.other) __builtin_prefetch(conv.other + offset);
       if (conv.times) __builtin_prefetch(conv.times + offset);
     }

@@ -1,6 +1,7 @@
 // One binary for every x86: the same code compiled for several instruction sets, chosen at run time.
 #pragma once
 
+#include <cstdint>
 #include <type_traits>
 
 #define RLRP_INLINE __attribute__((always_inline))
@@ -80,6 +81,38 @@ template <int kLanes>
 RLRP_INLINE inline void store(float* to, Vector<kLanes> value) {
   *reinterpret_cast<typename Lanes<kLanes>::Unaligned*>(to) = value;
 }
+
+#if defined(__x86_64__) && !defined(__clang_analyzer__)
+
+// Whether vectors may be stored past the caches from here on: their addresses must be multiples of their size.
+inline bool streams(const void* to) { return reinterpret_cast<uintptr_t>(to) % 64 == 0; }
+
+template <int kLanes>
+RLRP_INLINE inline void stream(float* to, Vector<kLanes> value) {
+  if constexpr (kLanes == 16) {
+    __builtin_ia32_movntps512(to, value);
+  } else if constexpr (kLanes == 8) {
+    __builtin_ia32_movntps256(to, value);
+  } else {
+    __builtin_ia32_movntps(to, value);
+  }
+}
+
+// Has what was stored so seen by others.
+inline void end_stream() { __builtin_ia32_sfence(); }
+
+#else
+
+inline bool streams(const void*) { return false; }
+
+template <int kLanes>
+RLRP_INLINE inline void stream(float* to, Vector<kLanes> value) {
+  store<kLanes>(to, value);
+}
+
+inline void end_stream() {}
+
+#endif
 
 // A vector that stays in a register: the compiler might read it from memory anew for every use.
 template <int kLanes>

@@ -1,0 +1,158 @@
+// 3×3 filters with a stride of 1 by F(4, 3) along both axes: 36 multiplications for 16 outputs instead of 144
+// (Lavin and Gray, arXiv:1509.09308).
+//
+// Polynomials are evaluated at 0, 1, -1, 1/2, -2 and infinity, which rounds less than 0, ±1, ±2 (Barabasz et
+// al., arXiv:1803.10986). 1 is among them so that equal inputs have one term that is not 0, by which all outputs are
+// equal: a uniform region of an image has the ties that it has without this algorithm.
+#pragma once
+
+#include "convolution_area.h"
+
+namespace rlrp {
+namespace convolution {
+
+struct Square {
+  static constexpr int kTaps = 3, kSide = 4;        // inputs of an output and outputs of a patch, along an axis
+  static constexpr int kReach = kSide + kTaps - 1;  // inputs of a patch, and terms
+  static constexpr int kTerms = kReach * kReach;
+  static constexpr int64_t outputs[2] = {kSide, kSide};
+  static constexpr int64_t kGap = 0;
+
+  // Whether it takes fewer multiplications than Area, which rounds less: not of some small images.
+  static bool suits(const Convolution& conv) {
+    for (int axis = 0; axis < 2; ++axis) {
+      if (conv.kernel[axis] != kTaps || conv.stride[axis] != 1) return false;
+    }
+    return kTerms * Grid(conv, outputs).count(1) < Area::kTerms * Grid(conv, Area::outputs).count(1);
+  }
+
+  int64_t depth(int) const { return 1; }
+
+  template <int kLanes>
+  RLRP_INLINE void transform_filters(const Convolution& conv, const Planes<kTerms>& planes, const Range& range,
+                                     int64_t first, int64_t last, float* result) const {
+    const int64_t depth = conv.in.channels;
+    for (int64_t k = first; k < last; k += kLanes) {
+      float* to = result + k / kPanel<kLanes> * kPanel<kLanes> * depth + k % kPanel<kLanes>;
+      for (int64_t in = 0; in < depth; ++in, to += kPanel<kLanes>) {
+        const Taps<kLanes> taps(conv.filters, range.first + k, in);
+        Vector<kLanes> half[kTaps][kReach];
+#pragma GCC unroll 3
+        for (int j = 0; j < kTaps; ++j) {
+          const Vector<kLanes> w[kTaps] = {taps(0, j), taps(1, j), taps(2, j)};
+          transform_taps(w, half[j]);
+        }
+#pragma GCC unroll 6
+        for (int i = 0; i < kReach; ++i) {
+          const Vector<kLanes> w[kTaps] = {half[0][i], half[1][i], half[2][i]};
+          Vector<kLanes> term[kReach];
+          transform_taps(w, term);
+#pragma GCC unroll 6
+          for (int j = 0; j < kReach; ++j) store<kLanes>(to + planes.filters[i * kReach + j], term[j]);
+        }
+      }
+    }
+  }
+
+  template <int kLanes>
+  RLRP_INLINE void transform_patch(const Convolution& conv, const Planes<kTerms>& planes, const Place& at,
+                                   const float* zeros, int64_t row, float* result) const {
+    const int64_t depth = conv.in.channels;
+    // What only outputs outside of the image would meet may be anything: it repeats what lies before it.
+    const int64_t last_h = conv.out.size[0] - at.h + kTaps - 2, last_w = conv.out.size[1] - at.w + kTaps - 2;
+    const float* pixel[kReach][kReach];
+    for (int64_t i = 0; i < kReach; ++i) {
+      for (int64_t j = 0; j < kReach; ++j) pixel[i][j] = conv.pixel(at, min64(i, last_h), min64(j, last_w), zeros);
+    }
+    float* to = result + row * depth;
+    for (int64_t c = 0; c < depth; c += kLanes) {
+      Vector<kLanes> half[kReach][kReach];
+#pragma GCC unroll 6
+      for (int j = 0; j < kReach; ++j) {
+        Vector<kLanes> x[kReach];
+#pragma GCC unroll 6
+        for (int i = 0; i < kReach; ++i) x[i] = load<kLanes>(pixel[i][j] + c);
+        transform_inputs(x, half[j]);
+      }
+#pragma GCC unroll 6
+      for (int i = 0; i < kReach; ++i) {
+        Vector<kLanes> x[kReach], term[kReach];
+#pragma GCC unroll 6
+        for (int j = 0; j < kReach; ++j) x[j] = half[j][i];
+        transform_inputs(x, term);
+#pragma GCC unroll 6
+        for (int j = 0; j < kReach; ++j) store<kLanes>(to + planes.patches[i * kReach + j] + c, term[j]);
+      }
+    }
+  }
+
+  template <int kLanes>
+  RLRP_INLINE float finish_patch(const Convolution& conv, const Planes<kTerms>& planes, const Range& range,
+                                 const Place& at, const float* rows) const {
+    const int64_t start = conv.out.offset(at.n, at.h, at.w) + range.first;
+    const float factor = conv.factor ? conv.factor[at.n] : 1.0f;
+    Vector<kLanes> sum{};
+    for (int64_t c = 0; c < range.count; c += kLanes) {
+      Vector<kLanes> half[kReach][kSide];
+#pragma GCC unroll 6
+      for (int j = 0; j < kReach; ++j) {
+        Vector<kLanes> term[kReach];
+#pragma GCC unroll 6
+        for (int i = 0; i < kReach; ++i) term[i] = load<kLanes>(rows + (i * kReach + j) * planes.products + c);
+        finish_terms(term, half[j]);
+      }
+      const Vector<kLanes> bias = conv.bias ? load<kLanes>(conv.bias + range.first + c) : Vector<kLanes>{};
+#pragma GCC unroll 4
+      for (int i = 0; i < kSide; ++i) {
+        Vector<kLanes> term[kReach], y[kSide];
+#pragma GCC unroll 6
+        for (int j = 0; j < kReach; ++j) term[j] = half[j][i];
+        finish_terms(term, y);
+#pragma GCC unroll 4
+        for (int j = 0; j < kSide; ++j) {
+          if (!conv.out.has(at.h + i, at.w + j)) continue;
+          const int64_t offset = start + i * conv.out.step[0] + j * conv.out.step[1] + c;
+          put<kLanes>(conv, offset, y[j] + bias, factor, sum);
+        }
+      }
+    }
+    return total<kLanes>(sum);
+  }
+
+ private:
+  // Terms are of the points in the order above.
+  template <class V>
+  RLRP_INLINE static void transform_taps(const V (&w)[kTaps], V (&term)[kReach]) {
+    const V even = (1.0f / 3) * (w[0] + w[2]), odd = (1.0f / 3) * w[1];
+    term[0] = w[0];
+    term[1] = even + odd;
+    term[2] = odd - even;
+    term[3] = (-16.0f / 15) * (w[0] + 0.5f * w[1] + 0.25f * w[2]);
+    term[4] = (1.0f / 15) * (w[0] - 2 * w[1] + 4 * w[2]);
+    term[5] = w[2];
+  }
+
+  // All but the term of 1 by differences, so that they are exactly 0 where inputs are equal.
+  template <class V>
+  RLRP_INLINE static void transform_inputs(const V (&x)[kReach], V (&term)[kReach]) {
+    const V e[kReach - 1] = {x[1] - x[0], x[2] - x[1], x[3] - x[2], x[4] - x[3], x[5] - x[4]};
+    term[0] = e[3] - e[0] + 2.5f * e[2] + 0.5f * e[1];
+    term[1] = x[4] - x[1] + 2.5f * x[3] + 0.5f * x[2];
+    term[2] = e[3] - e[1] + 1.5f * e[2];
+    term[3] = e[3] + 3 * e[2] + 2 * e[1];
+    term[4] = e[3] + 0.5f * (e[2] - e[1]);
+    term[5] = e[4] - e[1] + 2.5f * e[3] + 0.5f * e[2];
+  }
+
+  template <class V>
+  RLRP_INLINE static void finish_terms(const V (&m)[kReach], V (&y)[kSide]) {
+    const V even = m[1] + m[2], odd = m[1] - m[2];
+    y[0] = even + m[3] + m[4] + m[0];
+    y[1] = odd + 0.5f * m[3] - 2 * m[4];
+    y[2] = even + 0.25f * m[3] + 4 * m[4];
+    y[3] = odd + 0.125f * m[3] - 8 * m[4] + m[5];
+  }
+};
+
+}  // namespace convolution
+}  // namespace rlrp
