@@ -174,27 +174,31 @@ template <class Scheme>
 void run_by_filters(const Convolution& conv, const Scheme& scheme, const Grid& grid, const float* zeros,
                     const Tensor& model) {
   constexpr int kTerms = Scheme::kTerms;
+  constexpr int64_t kShare = kFewRows<16>;  // patches; of fewer lanes a multiple of their kFewRows
   const int64_t count = grid.count(conv.batch), blocks = ceil_div(count, kBlock);
   const int64_t threads = torch::stable::get_num_threads(), parts = conv.out.channels / kMultiple;
+  const int64_t shares = min64(ceil_div(threads, parts), ceil_div(count, kLeast));  // of the patches, by each part
   const Planes<kTerms> planes = planes_of(conv, scheme, blocks * kBlock, kMultiple);
   const int64_t each = planes.filters[kTerms] + kTerms * planes.products;
-  Tensor memory = workspace(model, planes.patches[kTerms] + min64(threads, parts) * each);
+  Tensor memory = workspace(model, planes.patches[kTerms] + min64(threads, parts * shares) * each);
   float *patches = result_of<float>(memory), *buffers = patches + planes.patches[kTerms];
   std::vector<float> sums(conv.sums ? parts * count : 0, 0.0f);
-  constexpr int64_t kShare = kFewRows<16>;  // patches; of fewer vectors it is a multiple of their kFewRows
   const Work all{conv, grid, {}, nullptr, zeros, nullptr};
   run_tasks(threads, ceil_div(count, kShare), [&](auto lanes, int64_t, int64_t start, int64_t end) RLRP_INLINE {
     const int64_t first = start * kShare;
     transform<lanes>(all, scheme, planes, first, min64(end * kShare, count), first, patches);
   });
-  run_tasks(threads, parts, [&](auto lanes, int64_t task, int64_t start, int64_t end) RLRP_INLINE {
+  run_tasks(threads, parts * shares, [&](auto lanes, int64_t task, int64_t start, int64_t end) RLRP_INLINE {
     float *filters = buffers + task * each, *products = filters + planes.filters[kTerms];
-    for (int64_t part = start; part < end; ++part) {
+    for (int64_t k = start; k < end; ++k) {
+      const int64_t part = k / shares, share = k % shares, last = count * (share + 1) / shares;
       const Range range{part * kMultiple, kMultiple};
-      scheme.template transform_filters<lanes>(conv, planes, range, 0, kMultiple, filters);
+      if (k == start || share == 0) {
+        scheme.template transform_filters<lanes>(conv, planes, range, 0, kMultiple, filters);
+      }
       const Work work{conv, grid, range, filters, zeros, sums.data() + (conv.sums ? part * count : 0)};
-      for (int64_t first = 0; first < count; first += kBlock) {
-        finish<lanes>(work, scheme, planes, first, min64(first + kBlock, count), first, patches, products);
+      for (int64_t first = count * share / shares; first < last; first += kBlock) {
+        finish<lanes>(work, scheme, planes, first, min64(first + kBlock, last), first, patches, products);
       }
     }
   });

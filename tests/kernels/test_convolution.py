@@ -149,6 +149,7 @@ def test_transpose(case, layout):
     "case",
     [
         (3, 64, 96, (21, 13), SQUARE, (1, 1), (1, 1)),
+        (1, 64, 96, (21, 23), SQUARE, (1, 1), (1, 1)),  # fewer patches than filters
         (3, 64, 96, (21, 13), SQUARE, (2, 2), (1, 1)),
         (3, 64, 96, (215,), (7,), (2,), (3,)),
         (3, 64, 96, (21, 13), (1, 1), (1, 1), (0, 0)),
@@ -161,7 +162,7 @@ def test_results_do_not_depend_on_the_number_of_threads(case):
     threads = torch.get_num_threads()
     results = []
     try:
-        for count in (1, 2, 5):
+        for count in (1, 2, 5, 9):
             torch.set_num_threads(count)
             results.append(
                 [
