@@ -52,7 +52,7 @@ Planes<Scheme::kTerms> planes_of(const Convolution& conv, const Scheme& scheme, 
     planes.patches[term + 1] = planes.patches[term] + patches * (depth + Scheme::kGap) + kPad;
     planes.filters[term + 1] = planes.filters[term] + filters * depth + kPad;
   }
-  planes.products = kBlock * filters + kPad;
+  planes.products = kMost * filters + kPad;
   return planes;
 }
 
@@ -71,7 +71,7 @@ RLRP_INLINE inline void transform(const Work& work, const Scheme& scheme, const 
   }
 }
 
-// Multiplies and finishes the patches from one to another, at most kBlock of them, which begin at a row.
+// Multiplies and finishes the patches from one to another, at most kMost of them, which begin at a row.
 template <int kLanes, class Scheme>
 RLRP_INLINE inline void finish(const Work& work, const Scheme& scheme, const Planes<Scheme::kTerms>& planes,
                                int64_t first, int64_t last, int64_t row, const float* patches, float* products) {
@@ -102,7 +102,7 @@ RLRP_INLINE inline void finish(const Work& work, const Scheme& scheme, const Pla
   }
 }
 
-// The patches from one to another, at most kBlock of them.
+// The patches from one to another, at most kMost of them.
 template <int kLanes, class Scheme>
 RLRP_INLINE inline void convolve(const Work& work, const Scheme& scheme, const Planes<Scheme::kTerms>& planes,
                                  int64_t first, int64_t last, float* buffer) {
@@ -148,21 +148,22 @@ void run_by_patches(const Convolution& conv, const Scheme& scheme, const Grid& g
   const int64_t threads = torch::stable::get_num_threads(), tasks = min64(threads, ceil_div(count, kLeast));
   const int64_t most = std::clamp(kFilters / planes_of(conv, scheme, 0, 1).filters[kTerms] / kMultiple * kMultiple,
                                   kMultiple, out);
-  const Planes<kTerms> largest = planes_of(conv, scheme, kBlock, most);
+  const Planes<kTerms> largest = planes_of(conv, scheme, kMost, most);
   const int64_t each = largest.patches[kTerms] + kTerms * largest.products;
   Tensor memory = workspace(model, largest.filters[kTerms] + tasks * each);
   float *filters = result_of<float>(memory), *buffers = filters + largest.filters[kTerms];
   std::vector<float> sums(conv.sums ? count : 0, 0.0f);
   for (Range range{0, 0}; range.first < out; range.first += range.count) {
     range.count = min64(most, out - range.first);
-    const Planes<kTerms> planes = planes_of(conv, scheme, kBlock, range.count);
+    const Planes<kTerms> planes = planes_of(conv, scheme, kMost, range.count);
     run_tasks(threads, range.count / kMultiple, [&](auto lanes, int64_t, int64_t first, int64_t last) RLRP_INLINE {
       scheme.template transform_filters<lanes>(conv, planes, range, first * kMultiple, last * kMultiple, filters);
     });
     const Work work{conv, grid, range, filters, zeros, sums.data()};
     run_tasks(tasks, count, [&](auto lanes, int64_t task, int64_t start, int64_t end) RLRP_INLINE {
-      for (int64_t first = start; first < end; first += kBlock) {
-        convolve<lanes>(work, scheme, planes, first, min64(first + kBlock, end), buffers + task * each);
+      for (int64_t first = start, last = 0; first < end; first = last) {
+        last = block_end(first, end);
+        convolve<lanes>(work, scheme, planes, first, last, buffers + task * each);
       }
     });
   }
@@ -174,31 +175,33 @@ template <class Scheme>
 void run_by_filters(const Convolution& conv, const Scheme& scheme, const Grid& grid, const float* zeros,
                     const Tensor& model) {
   constexpr int kTerms = Scheme::kTerms;
-  constexpr int64_t kShare = kFewRows<16>;  // patches; of fewer lanes a multiple of their kFewRows
-  const int64_t count = grid.count(conv.batch), blocks = ceil_div(count, kBlock);
+  constexpr int64_t kGroup = kFewRows<16>;  // patches; of fewer lanes a multiple of their kFewRows
+  const int64_t count = grid.count(conv.batch), groups = ceil_div(count, kGroup);
   const int64_t threads = torch::stable::get_num_threads(), parts = conv.out.channels / kMultiple;
-  const int64_t shares = min64(ceil_div(threads, parts), ceil_div(count, kLeast));  // of the patches, by each part
-  const Planes<kTerms> planes = planes_of(conv, scheme, blocks * kBlock, kMultiple);
+  const int64_t shares = min64(ceil_div(threads, parts), groups);  // of the patches, by each part
+  const Planes<kTerms> planes = planes_of(conv, scheme, groups * kGroup, kMultiple);
   const int64_t each = planes.filters[kTerms] + kTerms * planes.products;
   Tensor memory = workspace(model, planes.patches[kTerms] + min64(threads, parts * shares) * each);
   float *patches = result_of<float>(memory), *buffers = patches + planes.patches[kTerms];
   std::vector<float> sums(conv.sums ? parts * count : 0, 0.0f);
   const Work all{conv, grid, {}, nullptr, zeros, nullptr};
-  run_tasks(threads, ceil_div(count, kShare), [&](auto lanes, int64_t, int64_t start, int64_t end) RLRP_INLINE {
-    const int64_t first = start * kShare;
-    transform<lanes>(all, scheme, planes, first, min64(end * kShare, count), first, patches);
+  run_tasks(threads, groups, [&](auto lanes, int64_t, int64_t start, int64_t end) RLRP_INLINE {
+    const int64_t first = start * kGroup;
+    transform<lanes>(all, scheme, planes, first, min64(end * kGroup, count), first, patches);
   });
   run_tasks(threads, parts * shares, [&](auto lanes, int64_t task, int64_t start, int64_t end) RLRP_INLINE {
     float *filters = buffers + task * each, *products = filters + planes.filters[kTerms];
     for (int64_t k = start; k < end; ++k) {
-      const int64_t part = k / shares, share = k % shares, last = count * (share + 1) / shares;
+      const int64_t part = k / shares, share = k % shares;
       const Range range{part * kMultiple, kMultiple};
       if (k == start || share == 0) {
         scheme.template transform_filters<lanes>(conv, planes, range, 0, kMultiple, filters);
       }
       const Work work{conv, grid, range, filters, zeros, sums.data() + (conv.sums ? part * count : 0)};
-      for (int64_t first = count * share / shares; first < last; first += kBlock) {
-        finish<lanes>(work, scheme, planes, first, min64(first + kBlock, last), first, patches, products);
+      const int64_t stop = min64(groups * (share + 1) / shares * kGroup, count);
+      for (int64_t first = groups * share / shares * kGroup, last = 0; first < stop; first = last) {
+        last = block_end(first, stop);
+        finish<lanes>(work, scheme, planes, first, last, first, patches, products);
       }
     }
   });

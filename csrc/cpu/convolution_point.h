@@ -72,10 +72,10 @@ constexpr int64_t kLine = 16;     // floats that memory hands over at a time
 // The places of some pixels of the input and the output, and what becomes of them.
 template <int kLanes>
 struct Pixels {
-  const float* from[kBlock];
-  int64_t to[kBlock];
-  float factor[kBlock];
-  Vector<kLanes> sum[kBlock];
+  const float* from[kMost];
+  int64_t to[kMost];
+  float factor[kMost];
+  Vector<kLanes> sum[kMost];
 };
 
 // A panel's outputs of some of them. Pixels that lie `ahead` are brought near meanwhile, unless it is 0.
