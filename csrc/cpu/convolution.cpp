@@ -19,7 +19,7 @@ namespace convolution {
 namespace {
 
 constexpr int64_t kLeast = 8;          // patches that are worth a task of their own
-constexpr int64_t kFilters = 1 << 21;  // elements of the filters that are transformed at a time
+constexpr int64_t kFilters = 1 << 20;  // elements of the filters that are transformed at a time
 constexpr int64_t kDepth = 128;        // summed at a time: it rounds less, and a panel of it stays near
 constexpr int64_t kCached = 5 << 19;   // of a result that caches may still hold when it is read
 constexpr int64_t kMultiple = 32;      // channels come in multiples of it

@@ -14,7 +14,7 @@ using simd::Vector;
 
 constexpr int kColumns = 2;     // vectors of outputs that a matrix product holds at a time
 constexpr int64_t kBlock = 48;  // patches at a time; a multiple of the rows below
-constexpr int64_t kMost = 60;   // at the end, where a few more are no block of their own
+constexpr int64_t kMost = 60;   // of the last block: a few more are not worth one of their own
 constexpr int64_t kPad = 16;    // keeps the planes of a buffer out of each other's cache lines
 
 template <int kLanes>
