@@ -133,6 +133,29 @@ struct Taps {
   }
 };
 
+// Transforms a matrix along its columns and then its rows, each of kIn numbers to kOut: at(i, j) is what it is made
+// of, and put(i, j, value) takes the result.
+template <int kLanes, int kIn, int kOut, class At, class Transform, class Put>
+RLRP_INLINE inline void transform_both(const At& at, const Transform& transform, const Put& put) {
+  Vector<kLanes> half[kIn][kOut];
+#pragma GCC unroll 6
+  for (int j = 0; j < kIn; ++j) {
+    Vector<kLanes> x[kIn];
+#pragma GCC unroll 6
+    for (int i = 0; i < kIn; ++i) x[i] = at(i, j);
+    transform(x, half[j]);
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < kOut; ++i) {
+    Vector<kLanes> x[kIn], result[kOut];
+#pragma GCC unroll 6
+    for (int j = 0; j < kIn; ++j) x[j] = half[j][i];
+    transform(x, result);
+#pragma GCC unroll 6
+    for (int j = 0; j < kOut; ++j) put(i, j, result[j]);
+  }
+}
+
 // Adds up some rows of a matrix product: (kCount, depth) times (depth, a panel), from one depth to another.
 // at(r, k) is the left factor.
 template <int kLanes, int kCount, class At>
@@ -175,6 +198,26 @@ RLRP_INLINE inline float total(const Vector<kLanes>& lanes) {
   float sum = 0;
   for (int lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
   return sum;
+}
+
+// The outputs, kSide × kSide, of a patch from its row of each plane, of kReach × kReach terms; returns their sum.
+template <int kLanes, int kReach, int kSide, class Finish>
+RLRP_INLINE inline float finish_both(const Convolution& conv, int64_t plane, const Range& range, const Place& at,
+                                     const float* rows, const Finish& finish_terms) {
+  const int64_t start = conv.out.offset(at.n, at.h, at.w) + range.first;
+  const float factor = conv.factor ? conv.factor[at.n] : 1.0f;
+  Vector<kLanes> sum{};
+  for (int64_t c = 0; c < range.count; c += kLanes) {
+    const Vector<kLanes> bias = conv.bias ? load<kLanes>(conv.bias + range.first + c) : Vector<kLanes>{};
+    transform_both<kLanes, kReach, kSide>(
+        [&](int i, int j) RLRP_INLINE { return load<kLanes>(rows + (i * kReach + j) * plane + c); }, finish_terms,
+        [&](int i, int j, const Vector<kLanes>& y) RLRP_INLINE {
+          if (!conv.out.has(at.h + i, at.w + j)) return;
+          const int64_t offset = start + i * conv.out.step[0] + j * conv.out.step[1] + c;
+          put<kLanes>(conv, offset, y + bias, factor, sum);
+        });
+  }
+  return total<kLanes>(sum);
 }
 
 }  // namespace convolution

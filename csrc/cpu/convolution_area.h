@@ -100,34 +100,9 @@ struct Area {
   template <int kLanes>
   RLRP_INLINE float finish_patch(const Convolution& conv, const Planes<kTerms>& planes, const Range& range,
                                  const Place& at, const float* rows) const {
-    const int64_t plane = planes.products;
-    const int64_t start = conv.out.offset(at.n, at.h, at.w) + range.first;
-    const float factor = conv.factor ? conv.factor[at.n] : 1.0f;
-    Vector<kLanes> sum{};
-    for (int64_t c = 0; c < range.count; c += kLanes) {
-      Vector<kLanes> half[kAxisTerms][2];
-#pragma GCC unroll 4
-      for (int j = 0; j < kAxisTerms; ++j) {
-        Vector<kLanes> term[kAxisTerms];
-#pragma GCC unroll 4
-        for (int i = 0; i < kAxisTerms; ++i) term[i] = load<kLanes>(rows + (i * kAxisTerms + j) * plane + c);
-        finish_terms(term, half[j]);
-      }
-      const Vector<kLanes> bias = conv.bias ? load<kLanes>(conv.bias + range.first + c) : Vector<kLanes>{};
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
-        const Vector<kLanes> term[kAxisTerms] = {half[0][i], half[1][i], half[2][i], half[3][i]};
-        Vector<kLanes> y[2];
-        finish_terms(term, y);
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; ++j) {
-          if (!conv.out.has(at.h + i, at.w + j)) continue;
-          const int64_t offset = start + i * conv.out.step[0] + j * conv.out.step[1] + c;
-          put<kLanes>(conv, offset, y[j] + bias, factor, sum);
-        }
-      }
-    }
-    return total<kLanes>(sum);
+    return finish_both<kLanes, kAxisTerms, 2>(
+        conv, planes.products, range, at, rows,
+        [](const auto& m, auto& y) RLRP_INLINE { finish_terms(m, y); });
   }
 
  private:

@@ -36,20 +36,11 @@ struct Square {
       float* to = result + k / kPanel<kLanes> * kPanel<kLanes> * depth + k % kPanel<kLanes>;
       for (int64_t in = 0; in < depth; ++in, to += kPanel<kLanes>) {
         const Taps<kLanes> taps(conv.filters, range.first + k, in);
-        Vector<kLanes> half[kTaps][kReach];
-#pragma GCC unroll 3
-        for (int j = 0; j < kTaps; ++j) {
-          const Vector<kLanes> w[kTaps] = {taps(0, j), taps(1, j), taps(2, j)};
-          transform_taps(w, half[j]);
-        }
-#pragma GCC unroll 6
-        for (int i = 0; i < kReach; ++i) {
-          const Vector<kLanes> w[kTaps] = {half[0][i], half[1][i], half[2][i]};
-          Vector<kLanes> term[kReach];
-          transform_taps(w, term);
-#pragma GCC unroll 6
-          for (int j = 0; j < kReach; ++j) store<kLanes>(to + planes.filters[i * kReach + j], term[j]);
-        }
+        transform_both<kLanes, kTaps, kReach>(
+            taps, [](const auto& w, auto& term) RLRP_INLINE { transform_taps(w, term); },
+            [&](int i, int j, const Vector<kLanes>& term) RLRP_INLINE {
+              store<kLanes>(to + planes.filters[i * kReach + j], term);
+            });
       }
     }
   }
@@ -66,57 +57,21 @@ struct Square {
     }
     float* to = result + row * depth;
     for (int64_t c = 0; c < depth; c += kLanes) {
-      Vector<kLanes> half[kReach][kReach];
-#pragma GCC unroll 6
-      for (int j = 0; j < kReach; ++j) {
-        Vector<kLanes> x[kReach];
-#pragma GCC unroll 6
-        for (int i = 0; i < kReach; ++i) x[i] = load<kLanes>(pixel[i][j] + c);
-        transform_inputs(x, half[j]);
-      }
-#pragma GCC unroll 6
-      for (int i = 0; i < kReach; ++i) {
-        Vector<kLanes> x[kReach], term[kReach];
-#pragma GCC unroll 6
-        for (int j = 0; j < kReach; ++j) x[j] = half[j][i];
-        transform_inputs(x, term);
-#pragma GCC unroll 6
-        for (int j = 0; j < kReach; ++j) store<kLanes>(to + planes.patches[i * kReach + j] + c, term[j]);
-      }
+      transform_both<kLanes, kReach, kReach>(
+          [&](int i, int j) RLRP_INLINE { return load<kLanes>(pixel[i][j] + c); },
+          [](const auto& x, auto& term) RLRP_INLINE { transform_inputs(x, term); },
+          [&](int i, int j, const Vector<kLanes>& term) RLRP_INLINE {
+            store<kLanes>(to + planes.patches[i * kReach + j] + c, term);
+          });
     }
   }
 
   template <int kLanes>
   RLRP_INLINE float finish_patch(const Convolution& conv, const Planes<kTerms>& planes, const Range& range,
                                  const Place& at, const float* rows) const {
-    const int64_t start = conv.out.offset(at.n, at.h, at.w) + range.first;
-    const float factor = conv.factor ? conv.factor[at.n] : 1.0f;
-    Vector<kLanes> sum{};
-    for (int64_t c = 0; c < range.count; c += kLanes) {
-      Vector<kLanes> half[kReach][kSide];
-#pragma GCC unroll 6
-      for (int j = 0; j < kReach; ++j) {
-        Vector<kLanes> term[kReach];
-#pragma GCC unroll 6
-        for (int i = 0; i < kReach; ++i) term[i] = load<kLanes>(rows + (i * kReach + j) * planes.products + c);
-        finish_terms(term, half[j]);
-      }
-      const Vector<kLanes> bias = conv.bias ? load<kLanes>(conv.bias + range.first + c) : Vector<kLanes>{};
-#pragma GCC unroll 4
-      for (int i = 0; i < kSide; ++i) {
-        Vector<kLanes> term[kReach], y[kSide];
-#pragma GCC unroll 6
-        for (int j = 0; j < kReach; ++j) term[j] = half[j][i];
-        finish_terms(term, y);
-#pragma GCC unroll 4
-        for (int j = 0; j < kSide; ++j) {
-          if (!conv.out.has(at.h + i, at.w + j)) continue;
-          const int64_t offset = start + i * conv.out.step[0] + j * conv.out.step[1] + c;
-          put<kLanes>(conv, offset, y[j] + bias, factor, sum);
-        }
-      }
-    }
-    return total<kLanes>(sum);
+    return finish_both<kLanes, kReach, kSide>(
+        conv, planes.products, range, at, rows,
+        [](const auto& m, auto& y) RLRP_INLINE { finish_terms(m, y); });
   }
 
  private:
