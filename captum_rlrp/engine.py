@@ -124,6 +124,7 @@ class Engine:
         self.revise = revise
         self.recordings = recordings
         self.kernels = kernels
+        self._memory = kernels.working_memory()
         self._cache: OrderedDict[Hashable, Captured] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -298,7 +299,7 @@ class Engine:
         measure_delta: bool,
     ) -> Explanation:
         graph = captured.program.graph
-        with torch.no_grad(), _no_autocast(args):
+        with torch.no_grad(), _no_autocast(args), self._memory:
             values: dict[Node, Any] = {**graph.constants, **parameters}
             for node, value in zip(graph.inputs, flatten_arguments(args), strict=True):
                 values[node] = value.detach() if isinstance(value, Tensor) else value

@@ -471,7 +471,8 @@ class Run:
         layout = self.layout(node)
         terms = self.whole(node, terms)
         views = [(layout.samples_first(t.values, self.batch), t.factor) for t in terms]
-        values, mass = self.kernels.accumulate(views)
+        # The user keeps it: it must not lie in the kernels' working memory.
+        values, mass = self.kernels.accumulate(views, out=torch.empty_like(views[0][0]))
         self._masses.append(mass)
         return layout.restore(values, self.like(node).shape)
 

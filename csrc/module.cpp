@@ -1,6 +1,8 @@
 // The Python module: loading it registers the ops; the rest of it says how it was built.
 #include <pybind11/pybind11.h>
 
+#include "memory.h"
+
 #ifndef RLRP_FLAGS
 #define RLRP_FLAGS ""
 #endif
@@ -9,6 +11,15 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of captum_rlrp (CPU)";
+  py::class_<rlrp::Memory, std::shared_ptr<rlrp::Memory>>(m, "Memory")
+      .def(py::init<>())
+      .def("__enter__",
+           [](const std::shared_ptr<rlrp::Memory>& memory) {
+             memory->enter();
+             return memory;
+           })
+      .def("__exit__", [](rlrp::Memory& memory, const py::args&) { memory.leave(); })
+      .def("size", &rlrp::Memory::size);
   m.def("build_info", [] {
     py::dict info;
 #if defined(__clang__)

@@ -12,6 +12,7 @@
 
 #include "core/axes.h"
 #include "core/half.h"
+#include "memory.h"
 
 #define RLRP_CHECK(condition, op, ...) STD_TORCH_CHECK(condition, "captum_rlrp::", op, ": ", __VA_ARGS__)
 
@@ -82,12 +83,32 @@ inline void check_factor(const char* op, const char* name, const std::optional<T
              " must have one element per sample");
 }
 
-// Uninitialised, on the device of t. By the C function, as torch::stable's look their op up by its name in every
+inline int64_t bytes_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Byte:
+      return 1;
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+      return 2;
+    case ScalarType::Float:
+    case ScalarType::Int:
+      return 4;
+    default:
+      return 8;
+  }
+}
+
+// Uninitialised and without gaps, on the device of t. By the C function, as torch::stable's look their op up by its name in every
 // call, which takes longer than a small kernel.
 inline Tensor new_strided(const Tensor& t, int64_t axes, const int64_t* sizes, const int64_t* strides,
                           ScalarType dtype) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
+  if (Memory* memory = t.is_cuda() ? nullptr : Memory::current()) {
+    int64_t bytes = bytes_of(dtype);
+    for (int64_t axis = 0; axis < axes; ++axis) bytes *= sizes[axis];
+    if (bytes >= Memory::kLeast) return memory->take(bytes, axes, sizes, strides, dtype);
+  }
   int32_t device = 0;
   AtenTensorHandle made = nullptr;
   const bool done =
@@ -181,16 +202,22 @@ inline Tensor dense(const Tensor& t, bool channels_last) {
 // An uninitialised image on the device of t, and of its dtype unless another is named.
 inline Tensor new_image(const Tensor& t, const Ints& shape, bool channels_last,
                         std::optional<ScalarType> dtype = std::nullopt) {
-  if (channels_last && is_signal(t)) {
-    return torch::stable::transpose(new_image(t, {shape[0], shape[2], shape[1]}, false, dtype), 1, 2);
-  }
-  return torch::stable::empty(shape, dtype.value_or(t.scalar_type()), std::nullopt, t.device(), std::nullopt,
-                              format_of(t, channels_last));
+  const int64_t axes = static_cast<int64_t>(shape.size());
+  Ints strides(axes);
+  int64_t step = 1;
+  auto lay = [&](int64_t axis) {
+    strides[axis] = step;
+    step *= shape[axis] > 0 ? shape[axis] : 1;
+  };
+  if (channels_last) lay(1);
+  for (int64_t axis = axes - 1; axis >= (channels_last ? 2 : 1); --axis) lay(axis);
+  lay(0);
+  return new_strided(t, axes, shape.data(), strides.data(), dtype.value_or(t.scalar_type()));
 }
 
 // Laid out as t is.
 inline Tensor new_like(const Tensor& t) {
-  if (!t.is_contiguous()) return torch::stable::empty_like(t);
+  if (!dense_in(t, false) && !dense_in(t, true)) return torch::stable::empty_like(t);
   return new_strided(t, t.dim(), t.sizes().data(), t.strides().data(), t.scalar_type());
 }
 

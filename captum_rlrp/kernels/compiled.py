@@ -34,7 +34,10 @@ __all__ = [
     "relu_",
     "split",
     "sums",
+    "working_memory",
 ]
+
+working_memory = extension.working_memory
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MAX_AXES = 8

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import AbstractContextManager
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -39,6 +41,13 @@ def cuda_available() -> bool:
 def cuda_load_error() -> Exception | None:
     """Why the CUDA part is not loaded."""
     return _cuda_error
+
+
+def working_memory() -> AbstractContextManager[Any]:
+    """See :func:`captum_rlrp.kernels.reference.working_memory`."""
+    assert _cpu is not None
+    memory: AbstractContextManager[Any] = _cpu.Memory()
+    return memory
 
 
 def build_info() -> dict[str, object]:

@@ -13,6 +13,7 @@ Conventions shared by all kernels:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from typing import Any
 
@@ -121,6 +122,14 @@ def relu_(x: Tensor) -> Tensor:
 def sums(values: Sequence[Tensor]) -> Tensor:
     """The sum of each tensor, in float64: of 32 or 16 bits, finite if all elements are."""
     return torch.stack([value.sum(dtype=torch.float64) for value in values])
+
+
+def working_memory() -> AbstractContextManager[Any]:
+    """Within it, results on the CPU may use again the memory of earlier ones, of earlier times too.
+
+    It belongs to what is returned here, and goes with it.
+    """
+    return nullcontext()
 
 
 # ---- pooling -----------------------------------------------------------------------------------

@@ -125,8 +125,7 @@ void run_tasks(int64_t most, int64_t count, const F& f) {
 }
 
 Tensor workspace(const Tensor& model, int64_t size) {
-  return torch::stable::empty({size}, ScalarType::Float, std::nullopt, model.device(), std::nullopt,
-                              MemoryFormat::Contiguous);
+  return new_vector(model, size, ScalarType::Float);
 }
 
 // Adds sums of each patch, by one or several parts of the filters, to its sample's; always in the same order.
