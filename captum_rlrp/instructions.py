@@ -91,12 +91,12 @@ class FusedConvolution:
         folded, mass = run.kernels.accumulate([(weight, factor)], out=_new_weight(weight, x))
         return folded, shift, mass
 
-    def filters(self, run: Run, x: Like | Tensor) -> Filters | None:
+    def filters(self, run: Run, x: Like | Tensor, back: bool = False) -> Filters | None:
         """The filters for :mod:`.kernels.convolution`, if that covers x or, on the way back, g."""
         if not self.suits:
             return None
         weight: Tensor = run.value(self.conv.args["weight"])
-        if not convolution.pays(x, weight):
+        if not convolution.pays(x, weight, back):
             return None
         assert self.window is not None
         scale, shift = None, run.value(self.conv.args["bias"])
@@ -330,7 +330,7 @@ class FoldedConvolution(Convolution):
 
     def transpose(self, run: Run, call: Call, g: Tensor) -> Tensor:
         made = self.instruction
-        filters = made.filters(run, g)
+        filters = made.filters(run, g, back=True)
         if filters is not None:
             return convolution.transpose(g, filters, run.like(made.conv.args["input"]).shape[2:])
         g, weight = self._unscaled(run, g)
@@ -347,7 +347,7 @@ class FoldedConvolution(Convolution):
         assert r.mass is not None
         if v.dtype != r.values.dtype:
             return None
-        filters = made.filters(run, r.values)
+        filters = made.filters(run, r.values, back=True)
         if filters is not None and convolution.is_channels_last(v):
             return convolution.product(v, r.values, filters, r.factor, inplace=inplace)
         if not inplace or v.nbytes <= LARGE or v.device.type != "cpu" or made.window is None:
@@ -379,8 +379,11 @@ class FoldedConvolution(Convolution):
         made = self.instruction
         left: tuple[Tensor, Tensor | None] | None = run.scratch.pop(made, None)
         if left is None:
+            weight = run.value(made.conv.args["weight"])
             scale = None if made.norm is None else run.scratch[made.norm.node][0]
-            left = run.value(made.conv.args["weight"]), scale
+            # Whichever is less work to scale; in 16 bits the weight would be rounded once more.
+            folds = scale is not None and made.suits and weight.numel() < g.numel()
+            left = (made.fold(run)[0], None) if folds else (weight, scale)
         weight, scale = left
         if scale is not None:
             g = g * per_channel(scale, g.dim()).to(g.dtype)

@@ -1,5 +1,5 @@
-// Memory that results and workspaces on the CPU take from one explanation to the next: the system hands it out page
-// by page, which costs as much as the arithmetic on it.
+// Memory that results and workspaces on the CPU take from one explanation to the next: the system hands it out
+// page by page, which costs as much as the arithmetic on it.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -48,7 +48,9 @@ class Memory : public std::enable_shared_from_this<Memory> {
   torch::stable::Tensor take(int64_t bytes, int64_t axes, const int64_t* sizes, const int64_t* strides,
                              torch::headeronly::ScalarType dtype) {
     bytes = (bytes + kLine - 1) / kLine * kLine;
-    auto give_back = [self = shared_from_this(), bytes](void* at) { self->give_back(static_cast<char*>(at), bytes); };
+    auto give_back = [self = shared_from_this(), bytes](void* at) {
+      self->give_back(static_cast<char*>(at), bytes);
+    };
     using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
     const size_t count = static_cast<size_t>(axes);
     return torch::stable::from_blob(find(bytes), Shape(sizes, count), Shape(strides, count),

@@ -98,8 +98,8 @@ inline int64_t bytes_of(ScalarType dtype) {
   }
 }
 
-// Uninitialised and without gaps, on the device of t. By the C function, as torch::stable's look their op up by its name in every
-// call, which takes longer than a small kernel.
+// Uninitialised and without gaps, on the device of t. By the C function, as torch::stable's look their op up by its
+// name in every call, which takes longer than a small kernel.
 inline Tensor new_strided(const Tensor& t, int64_t axes, const int64_t* sizes, const int64_t* strides,
                           ScalarType dtype) {
   using torch::stable::detail::from;

@@ -124,10 +124,10 @@ def test_cuda_graphs_change_nothing(name: str) -> None:
 class Convolutions(nn.Module):
     """Convolutions that :mod:`kernels.convolution` covers, in all the ways that a forward fuses."""
 
-    def __init__(self, activation: nn.Module, padding: Any) -> None:
+    def __init__(self, activation: nn.Module, padding: Any, channels: int) -> None:
         super().__init__()
         self.activation = activation
-        self.first = nn.Conv2d(32, 64, 3, padding=padding, bias=False)
+        self.first = nn.Conv2d(channels, 64, 3, padding=padding, bias=False)
         self.norm = nn.BatchNorm2d(64)
         self.second = nn.Conv2d(64, 64, 3, padding=1)
         self.left = nn.Conv2d(64, 32, 3, padding=(0, 2))
@@ -149,12 +149,13 @@ class Convolutions(nn.Module):
 )
 @pytest.mark.parametrize("padding", [1, 0, "same"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("channels", [32, 3])
 def test_our_convolutions_in_a_model(
-    activation: nn.Module, padding: Any, layout: torch.memory_format
+    activation: nn.Module, padding: Any, layout: torch.memory_format, channels: int
 ) -> None:
     torch.manual_seed(3)
-    model = Convolutions(activation, padding).eval().to(memory_format=layout)
-    x = torch.randn(3, 32, 13, 14)
+    model = Convolutions(activation, padding, channels).eval().to(memory_format=layout)
+    x = torch.randn(3, channels, 13, 14)
     method = RelativeLRP(model, backend="compiled")
     actual, delta = method.attribute(x, target=5, return_convergence_delta=True)
     layers = [

@@ -1,7 +1,7 @@
 """Our own convolutions, with what follows applied: along both axes, along one, and of 1×1.
 
 The first two go by Winograd's algorithm, in fewer multiplications. float32 on the CPU, channels in
-multiples of 32; :func:`suits` and :func:`pays` tell.
+multiples of 32, or forward few of the input; :func:`suits` and :func:`pays` tell.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from captum_rlrp.kernels.extension import ops
 from captum_rlrp.kernels.onednn import Operand
 
 _MULTIPLE = 32  # of which numbers of channels must be
+_FEW_CHANNELS = 4  # of the input, as of an RGB image
 _FEW_PIXELS = 4  # of 1×1, up to which laying out its filters takes longer than is gained
 _TAPS = range(3, 33)  # along one axis alone
 _TAPS_OF_BOTH = range(3, 8)
+_TAPS_OF_FEW = range(2, 33)
 _MOST_STRIDE = 2  # beyond which its input gradient falls apart into too many convolutions
 
 # Without wide vectors nobody measured it.
@@ -65,21 +67,34 @@ def suits(
         _IS_FAST
         and groups == 1
         and max(dilation) == 1
-        and weight.shape[0] % _MULTIPLE == weight.shape[1] % _MULTIPLE == 0
+        and weight.shape[0] % _MULTIPLE == 0
         and weight.numel() > 0
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and len(x.shape) == weight.dim()
         and all(p < k for p, k in zip(padding, weight.shape[2:], strict=True))
-        and (_is_area(weight, stride) or _is_line(weight, stride) or _is_point(weight, stride))
+        and _has_scheme(weight, stride)
     )
 
 
-def pays(x: Operand, weight: Tensor) -> bool:
-    """Whether what suits is faster than oneDNN's at so many pixels of x, or of the gradient."""
-    if x.dtype != weight.dtype:
+def pays(x: Operand, weight: Tensor, back: bool = False) -> bool:
+    """Whether what suits is faster than oneDNN's at so many pixels of x, or `back` of g."""
+    if x.dtype != weight.dtype or (back and weight.shape[1] <= _FEW_CHANNELS):
         return False
     return max(weight.shape[2:]) > 1 or x.shape[0] * math.prod(x.shape[2:]) > _FEW_PIXELS
+
+
+def _has_scheme(weight: Tensor, stride: Sequence[int]) -> bool:
+    if weight.shape[1] <= _FEW_CHANNELS:
+        return _is_few(weight, stride)
+    is_known = _is_area(weight, stride) or _is_line(weight, stride) or _is_point(weight, stride)
+    return weight.shape[1] % _MULTIPLE == 0 and is_known
+
+
+def _is_few(weight: Tensor, stride: Sequence[int]) -> bool:
+    taps = weight.shape[2:]
+    overlap = all(k in _TAPS_OF_FEW and s <= k for k, s in zip(taps, stride, strict=True))
+    return len(taps) == 2 and overlap
 
 
 def _is_area(weight: Tensor, stride: Sequence[int]) -> bool:

@@ -1,6 +1,7 @@
 // Convolutions over images in channels_last, and their input gradients, with what follows applied on the way:
 // by Winograd's algorithms for filters of 3×3 (convolution_square.h), of other sizes along both axes
-// (convolution_area.h) or along one of them (convolution_line.h), and as they are for 1×1 (convolution_point.h).
+// (convolution_area.h) or along one of them (convolution_line.h), and as they are for 1×1 (convolution_point.h) and
+// over few channels (convolution_few.h).
 //
 // An image is cut into patches, one for every few outputs. By Winograd's algorithms, patches and filters are
 // transformed to a few terms a channel; for each term, a matrix product over the channels; and back. That is
@@ -10,6 +11,7 @@
 #include <tuple>
 
 #include "convolution_area.h"
+#include "convolution_few.h"
 #include "convolution_line.h"
 #include "convolution_point.h"
 #include "convolution_square.h"
@@ -240,6 +242,7 @@ void turn(Convolution& conv, int axis, int64_t phase) {
 
 // By the scheme for filters of that size, of which conv may have a phase.
 void run_one(const Convolution& conv, const int64_t (&kernel)[2], const Tensor& model) {
+  if (conv.in.channels <= Few::kMost) return run_by(conv, Few(conv.kernel), model);
   if (Square::suits(conv)) return run_by(conv, Square{}, model);
   if (kernel[0] > 1 && kernel[1] > 1) return run_by(conv, Area(conv.kernel, conv.stride), model);
   if (kernel[0] == 1 && kernel[1] == 1) return run_by(conv, Point{}, model);
@@ -273,8 +276,11 @@ struct Arguments {
     RLRP_CHECK(image.scalar_type() == ScalarType::Float, op, "the image must have dtype float32");
     RLRP_CHECK(image.dim() == 4 && weight.dim() == 4, op, "the image and weight must have 4 axes");
     check_like(op, "weight", weight, "the image", image, false);
-    RLRP_CHECK(weight.size(0) % kMultiple == 0 && weight.size(1) % kMultiple == 0 && weight.numel() > 0, op,
-               "weight's channels must come in multiples of ", kMultiple);
+    const bool few = !transpose && weight.size(1) <= Few::kMost;
+    RLRP_CHECK(weight.size(0) % kMultiple == 0 && (few || weight.size(1) % kMultiple == 0), op,
+               "weight's channels must come in multiples of ", kMultiple, ", or be ", Few::kMost,
+               " at most on the way in");
+    RLRP_CHECK(weight.numel() > 0, op, "weight must not be empty");
     RLRP_CHECK(image.size(1) == weight.size(transpose ? 0 : 1), op,
                "the image must have the channels that weight reads");
     RLRP_CHECK(stride.size() == 2 && padding.size() == 2, op, "stride and padding must have 2 elements");

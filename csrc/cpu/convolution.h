@@ -88,6 +88,13 @@ struct Grid {
     const int64_t row = patch / along;
     return {row / down, row % down * size[0], patch % along * size[1]};
   }
+  // That of the patch behind, by no division.
+  Place next(Place at) const {
+    at.w += size[1];
+    if (at.w < along * size[1]) return at;
+    at = {at.n, at.h + size[0], 0};
+    return at.h < down * size[0] ? at : Place{at.n + 1, 0, 0};
+  }
 };
 
 // Where a block of patches ends.

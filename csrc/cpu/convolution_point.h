@@ -69,19 +69,34 @@ struct Point {
 constexpr int64_t kCrowd = 1024;  // floats: rows so far apart share a few places of the first cache
 constexpr int64_t kLine = 16;     // floats that memory hands over at a time
 
-// The places of some pixels of the input and the output, and what becomes of them.
+// The places of some pixels of the output, of what they are made of, and what becomes of them.
 template <int kLanes>
 struct Pixels {
   const float* from[kMost];
+  int64_t step[kMost];  // to the next run of numbers
   int64_t to[kMost];
   float factor[kMost];
   Vector<kLanes> sum[kMost];
+
+  RLRP_INLINE void add(int64_t k, const Convolution& conv, const Place& at, const float* inputs, int64_t inputs_step) {
+    from[k] = inputs;
+    step[k] = inputs_step;
+    to[k] = conv.out.offset(at.n, at.h, at.w);
+    factor[k] = conv.factor ? conv.factor[at.n] : 1.0f;
+    sum[k] = Vector<kLanes>{};
+  }
 };
 
-// A panel's outputs of some of them. Pixels that lie `ahead` are brought near meanwhile, unless it is 0.
+// How the numbers lie that an output is made of.
+struct Runs {
+  int64_t count, depth;  // numbers that lie side by side
+  int64_t ahead;         // how far the next block's lie behind, to be brought near; 0 if that is not to be
+};
+
+// A panel's outputs of some of them.
 template <int kLanes, int kCount>
 RLRP_INLINE inline void multiply_pixels(const Convolution& conv, Pixels<kLanes>& pixels, int64_t first,
-                                        const float* panel, int64_t channel, int64_t ahead) {
+                                        const Runs& runs, const float* panel, int64_t channel) {
   const float* row[kCount];
   for (int r = 0; r < kCount; ++r) {
     row[r] = pixels.from[first + r];
@@ -94,12 +109,14 @@ RLRP_INLINE inline void multiply_pixels(const Convolution& conv, Pixels<kLanes>&
   }
   Vector<kLanes> sum[kCount][kColumns] = {};
   const auto at = [&](int r, int64_t k) RLRP_INLINE { return row[r][k]; };
-  const int64_t depth = conv.in.channels;
-  for (int64_t k = 0; ahead && k < depth; k += kLine) {
-    for (int r = 0; r < kCount; ++r) __builtin_prefetch(row[r] + ahead + k, 0, 2);
+  for (int64_t k = 0; runs.ahead && k < runs.depth; k += kLine) {
+    for (int r = 0; r < kCount; ++r) __builtin_prefetch(row[r] + runs.ahead + k, 0, 2);
     multiply<kLanes, kCount>(k, k + kLine, at, panel, sum);
   }
-  if (!ahead) multiply<kLanes, kCount>(0, depth, at, panel, sum);
+  for (int64_t run = 0; !runs.ahead && run < runs.count; ++run, panel += runs.depth * kPanel<kLanes>) {
+    multiply<kLanes, kCount>(0, runs.depth, at, panel, sum);
+    for (int r = 0; r < kCount; ++r) row[r] += pixels.step[first + r];
+  }
 #pragma GCC unroll 12
   for (int r = 0; r < kCount; ++r) {
     Vector<kLanes> total = pixels.sum[first + r];
@@ -113,6 +130,27 @@ RLRP_INLINE inline void multiply_pixels(const Convolution& conv, Pixels<kLanes>&
   }
 }
 
+// All outputs of a block of pixels, from the patch `first` on.
+template <int kLanes>
+RLRP_INLINE inline void multiply_block(const Work& work, Pixels<kLanes>& pixels, int64_t first, int64_t count,
+                                       Runs runs) {
+  const Convolution& conv = work.conv;
+  for (int64_t c = 0; c < work.range.count; c += kPanel<kLanes>) {
+    const float* panel = work.filters + c * runs.count * runs.depth;
+    const int64_t channel = work.range.first + c;
+    int64_t k = 0;
+    for (; k + kRows<kLanes> <= count; k += kRows<kLanes>) {
+      multiply_pixels<kLanes, kRows<kLanes>>(conv, pixels, k, runs, panel, channel);
+    }
+    runs.ahead = 0;
+    for (; k + kFewRows<kLanes> <= count; k += kFewRows<kLanes>) {
+      multiply_pixels<kLanes, kFewRows<kLanes>>(conv, pixels, k, runs, panel, channel);
+    }
+    for (; k < count; ++k) multiply_pixels<kLanes, 1>(conv, pixels, k, runs, panel, channel);
+  }
+  for (int64_t k = 0; conv.sums && k < count; ++k) work.sums[first + k] += total<kLanes>(pixels.sum[k]);
+}
+
 template <int kLanes>
 RLRP_INLINE inline void convolve(const Work& work, const Point&, const Planes<Point::kTerms>&, int64_t first,
                                  int64_t last, float* buffer) {
@@ -121,31 +159,16 @@ RLRP_INLINE inline void convolve(const Work& work, const Point&, const Planes<Po
   const int64_t count = last - first, in = conv.in.channels;
   const bool crowded = in % kCrowd == 0;
   const bool dense = conv.in.step[1] == in && conv.stride[0] == 1 && conv.stride[1] == 1;
-  for (int64_t k = 0; k < count; ++k) {
-    const Place at = work.grid.place(first + k);
-    pixels.from[k] = conv.pixel(at, 0, 0, work.zeros);
+  Place at = work.grid.place(first);
+  for (int64_t k = 0; k < count; ++k, at = work.grid.next(at)) {
+    const float* pixel = conv.pixel(at, 0, 0, work.zeros);
     if (crowded) {
       float* apart = buffer + k * (in + Point::kGap);
-      pixels.from[k] = std::copy_n(pixels.from[k], in, apart) - in;
+      pixel = std::copy_n(pixel, in, apart) - in;
     }
-    pixels.to[k] = conv.out.offset(at.n, at.h, at.w);
-    pixels.factor[k] = conv.factor ? conv.factor[at.n] : 1.0f;
-    pixels.sum[k] = Vector<kLanes>{};
+    pixels.add(k, conv, at, pixel, 0);
   }
-  for (int64_t c = 0; c < work.range.count; c += kPanel<kLanes>) {
-    const float* panel = work.filters + c * in;
-    const int64_t channel = work.range.first + c;
-    const int64_t ahead = c == 0 && dense && !crowded ? kBlock * in : 0;  // the next block's
-    int64_t k = 0;
-    for (; k + kRows<kLanes> <= count; k += kRows<kLanes>) {
-      multiply_pixels<kLanes, kRows<kLanes>>(conv, pixels, k, panel, channel, ahead);
-    }
-    for (; k + kFewRows<kLanes> <= count; k += kFewRows<kLanes>) {
-      multiply_pixels<kLanes, kFewRows<kLanes>>(conv, pixels, k, panel, channel, 0);
-    }
-    for (; k < count; ++k) multiply_pixels<kLanes, 1>(conv, pixels, k, panel, channel, 0);
-  }
-  for (int64_t k = 0; conv.sums && k < count; ++k) work.sums[first + k] += total<kLanes>(pixels.sum[k]);
+  multiply_block<kLanes>(work, pixels, first, count, {1, in, dense && !crowded ? kBlock * in : 0});
 }
 
 }  // namespace convolution

@@ -62,7 +62,19 @@ CASES = [
     (2, 32, 64, (31,), (6,), (2,), (2,)),
     (1, 64, 32, (3,), (3,), (2,), (0,)),
 ]
+# Few input channels, forward alone.
+FROM_FEW = [
+    (2, 3, 64, (40, 45), (7, 7), (2, 2), (3, 3)),
+    (1, 3, 32, (9, 57), SQUARE, (1, 1), (1, 1)),  # blocks in the midst of rows
+    (3, 1, 32, (5, 5), (5, 5), (1, 1), (2, 2)),  # each at an edge but one
+    (2, 4, 96, (8, 9), (2, 8), (2, 5), (1, 7)),
+    (1, 2, 32, (3, 4), (3, 4), (3, 4), (0, 0)),  # a single output
+    (2, 3, 64, (230, 220), SQUARE, (1, 1), (1, 1)),  # results past the caches
+    (0, 3, 32, (9, 9), SQUARE, (1, 1), (1, 1)),
+    (1, 3, 512, (64, 64), (32, 32), (32, 32), (0, 0)),  # filters in several goes
+]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_forward_case = pytest.mark.parametrize("case", CASES + FROM_FEW, ids=str)
 every_layout = pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 
 
@@ -98,7 +110,7 @@ def assert_total(total, summands):
     assert ((total - summands.sum(1)).abs() <= 1e-5 * summands.abs().sum(1)).all()
 
 
-@every_case
+@every_forward_case
 @every_layout
 @pytest.mark.parametrize("relu", [False, True])
 def test_forward(case, layout, relu):
@@ -112,7 +124,7 @@ def test_forward(case, layout, relu):
     assert y.movedim(1, -1).is_contiguous()
 
 
-@every_case
+@every_forward_case
 def test_forward_of_filters_alone(case):
     x, filters = make(case, "channels_last")
     filters = filters._replace(scale=None, shift=None)
@@ -153,6 +165,7 @@ def test_transpose(case, layout):
         (3, 64, 96, (21, 13), SQUARE, (2, 2), (1, 1)),
         (3, 64, 96, (215,), (7,), (2,), (3,)),
         (3, 64, 96, (21, 13), (1, 1), (1, 1), (0, 0)),
+        (3, 3, 96, (41, 23), (5, 5), (2, 2), (2, 2)),
     ],
     ids=str,
 )
@@ -167,7 +180,7 @@ def test_results_do_not_depend_on_the_number_of_threads(case):
             results.append(
                 [
                     *convolution.forward(x, filters),
-                    *convolution.product(x, g, filters, None),
+                    *(convolution.product(x, g, filters, None) if x.shape[1] > 4 else ()),
                 ]
             )
     finally:
@@ -248,6 +261,20 @@ def test_an_infinity_that_relu_hides_shows_in_the_sum():
     assert total.isfinite().tolist() == [False, True]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_among_few_channels_stays_so(value):
+    x = torch.randn(2, 3, 16, 16)
+    x[1, 2, 7, 8] = value
+    weight = torch.rand(32, 3, 3, 3) + 0.1
+    y, total = convolution.forward(x, Filters(weight, None, None, [1, 1], [1, 1]), relu=True)
+    met = torch.zeros(16, 16, dtype=torch.bool)
+    met[6:9, 7:10] = True
+    assert y[0].isfinite().all()
+    assert y[1][:, ~met].isfinite().all()
+    assert not y[1][:, met].isfinite().any() or value < 0
+    assert total.isfinite().tolist() == [True, False]
+
+
 def covers(x, weight, *window):
     return convolution.suits(x, weight, *window) and convolution.pays(x, weight)
 
@@ -270,7 +297,13 @@ def test_what_it_covers():
     ):
         signal, filters = torch.randn(1, 32, *size), torch.randn(64, 32, *taps)
         assert covers(signal, filters, *arguments) == fast
+    few = torch.randn(64, 3, 7, 7)
+    assert covers(torch.randn(1, 3, 9, 9), few, [2, 2], [3, 3], [1, 1], 1) == fast
+    assert not convolution.pays(torch.randn(1, 64, 5, 5), few, back=True)
     refused = [
+        (x[:, :3], few, [8, 2], [3, 3], [1, 1], 1),
+        (x[:, :3], few[:60], [2, 2], [3, 3], [1, 1], 1),
+        (x[:, :3], few[..., :1], [2, 1], [3, 0], [1, 1], 1),
         (x.double(), weight.double(), *window, 1),
         (x.bfloat16(), weight, *window, 1),
         (x[0], weight, *window, 1),

@@ -1,0 +1,78 @@
+// Over few channels, as of an RGB image: a matrix product over the inputs that each output meets, which lie side by
+// side for a row of taps; those at the edges are laid out first, with zeros around the image.
+#pragma once
+
+#include <algorithm>
+
+#include "convolution_point.h"
+
+namespace rlrp {
+namespace convolution {
+
+struct Few {
+  static constexpr int kTerms = 1;
+  static constexpr int64_t kMost = 4;  // channels
+  static constexpr int64_t outputs[2] = {1, 1};
+  static constexpr int64_t kGap = 0;
+
+  int64_t taps;
+
+  explicit Few(const int64_t (&kernel)[2]) : taps(kernel[0] * kernel[1]) {}
+
+  int64_t depth(int) const { return taps; }
+
+  template <int kLanes>
+  RLRP_INLINE void transform_filters(const Convolution& conv, const Planes<kTerms>& planes, const Range& range,
+                                     int64_t first, int64_t last, float* result) const {
+    const Filters& f = conv.filters;
+    for (int64_t k = first; k < last; k += kPanel<kLanes>) {
+      float* to = result + k * planes.depth[0];
+      for (int64_t i = 0; i < conv.kernel[0]; ++i) {
+        for (int64_t j = 0; j < conv.kernel[1]; ++j) {
+          for (int64_t c = 0; c < conv.in.channels; ++c) {
+            for (int column = 0; column < kColumns; ++column, to += kLanes) {
+              store<kLanes>(to, Taps<kLanes>(f, range.first + k + column * kLanes, c)(i, j));
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // Whether all inputs that an output meets are of the image.
+  bool is_inside(const Convolution& conv, const Place& at) const {
+    const int64_t h = at.h * conv.stride[0] - conv.padding[0], w = at.w * conv.stride[1] - conv.padding[1];
+    return conv.in.has(h, w) && conv.in.has(h + conv.kernel[0] - 1, w + conv.kernel[1] - 1);
+  }
+
+  // The inputs that an output meets, tap by tap.
+  void lay_out(const Convolution& conv, const Place& at, const float* zeros, float* to) const {
+    for (int64_t i = 0; i < conv.kernel[0]; ++i) {
+      for (int64_t j = 0; j < conv.kernel[1]; ++j, to += conv.in.channels) {
+        std::copy_n(conv.pixel(at, i, j, zeros), conv.in.channels, to);
+      }
+    }
+  }
+};
+
+template <int kLanes>
+RLRP_INLINE inline void convolve(const Work& work, const Few& few, const Planes<Few::kTerms>& planes, int64_t first,
+                                 int64_t last, float* buffer) {
+  Pixels<kLanes> pixels;
+  const Convolution& conv = work.conv;
+  const int64_t width = conv.kernel[1] * conv.in.channels;
+  Place at = work.grid.place(first);
+  for (int64_t k = 0; k < last - first; ++k, at = work.grid.next(at)) {
+    if (few.is_inside(conv, at)) {
+      pixels.add(k, conv, at, conv.pixel(at, 0, 0, work.zeros), conv.in.step[0]);
+    } else {
+      float* row = buffer + k * planes.depth[0];
+      few.lay_out(conv, at, work.zeros, row);
+      pixels.add(k, conv, at, row, width);
+    }
+  }
+  multiply_block<kLanes>(work, pixels, first, last - first, {conv.kernel[0], width, 0});
+}
+
+}  // namespace convolution
+}  // namespace rlrp
