@@ -262,6 +262,27 @@ def test_pointwise_gradient(benchmark, shape):
     compare_conv(benchmark, title, g, weight, (batch, channels, size, size))
 
 
+def both_forward(x, weight, stride, padding):
+    """Our filters, and oneDNN's convolution with a ReLU behind it and ours."""
+    bias = torch.zeros(len(weight))
+    filters = convolution.Filters(weight.contiguous(), None, bias, stride, padding)
+    fused = (padding, stride, [1, 1], 1, "relu", [], "")
+    return filters, (
+        lambda: torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *fused),
+        lambda: convolution.forward(x, filters, relu=True),
+    )
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a kernel for the CPU")
+@pytest.mark.parametrize("name", [n for n, layer in FIRST_LAYERS.items() if layer[1] > layer[2]])
+def test_first_layer_forward(benchmark, name):
+    filters, kernel, stride, padding, _ = FIRST_LAYERS[name]
+    x = make((2, 3, 224, 224), torch.float32, torch.channels_last)
+    weight = make((filters, 3, kernel, kernel), torch.float32, torch.channels_last)
+    _, sides = both_forward(x, weight, [stride, stride], [padding, padding])
+    compare(benchmark, f"first layer forward {name}", *sides)
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="a kernel for the CPU")
 @pytest.mark.parametrize("layer", CONVOLUTIONS, ids=str)
 @pytest.mark.parametrize("direction", ["forward", "product"])
@@ -271,15 +292,10 @@ def test_convolution(benchmark, direction, layer):
     strides, padding = [min(stride, k) for k in taps], [(k - 1) // 2 for k in taps]
     x = make((batch, channels, *size), torch.float32, torch.channels_last)
     weight = make((out, channels, *taps), torch.float32, torch.channels_last)
-    bias = torch.zeros(out)
-    filters = convolution.Filters(weight.contiguous(), None, bias, strides, padding)
-    fused = (padding, strides, [1, 1], 1, "relu", [], "")
+    filters, forwards = both_forward(x, weight, strides, padding)
     g = torch.randn_like(convolution.forward(x, filters)[0])
     sides = {
-        "forward": (
-            lambda: torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *fused),
-            lambda: convolution.forward(x, filters, relu=True),
-        ),
+        "forward": forwards,
         "product": (
             lambda: plain_product(x, reference.conv(g, weight, x.shape, strides, padding)),
             lambda: convolution.product(x, g, filters, None, inplace=True),

@@ -160,15 +160,16 @@ class Engine:
         elif internal_batch_size is None and portion < batch and not _carry(additional, batch):
             size = divide(batch, portion)
         parts = []
-        for first in range(0, batch, size):
-            rows = slice(first, min(first + size, batch))
-            some = args if size >= batch else _take(args, rows, batch)
-            if size < batch and captured.program.graph.guards:  # forward may take another way
-                begin = functools.partial(_start_within, start, rows.start)
-                few, rest = some[: len(inputs)], some[len(inputs) :]
-                parts.append(self.explain(few, rest, begin, wanted, key, measure_delta))
-            else:
-                parts.append(self._run(captured, parameters, some, rows, start, measure_delta))
+        with self._memory:
+            for first in range(0, batch, size):
+                rows = slice(first, min(first + size, batch))
+                some = args if size >= batch else _take(args, rows, batch)
+                if size < batch and captured.program.graph.guards:  # forward may take another way
+                    begin = functools.partial(_start_within, start, rows.start)
+                    few, rest = some[: len(inputs)], some[len(inputs) :]
+                    parts.append(self.explain(few, rest, begin, wanted, key, measure_delta))
+                else:
+                    parts.append(self._run(captured, parameters, some, rows, start, measure_delta))
         if len(parts) == 1:
             return parts[0]
         relevance = [
@@ -299,7 +300,7 @@ class Engine:
         measure_delta: bool,
     ) -> Explanation:
         graph = captured.program.graph
-        with torch.no_grad(), _no_autocast(args), self._memory:
+        with torch.no_grad(), _no_autocast(args):
             values: dict[Node, Any] = {**graph.constants, **parameters}
             for node, value in zip(graph.inputs, flatten_arguments(args), strict=True):
                 values[node] = value.detach() if isinstance(value, Tensor) else value

@@ -26,12 +26,17 @@ class Memory : public std::enable_shared_from_this<Memory> {
   // What this thread takes memory from: the innermost that was entered and not left; or null.
   static Memory* current() { return entered().empty() ? nullptr : entered().back().get(); }
 
-  void enter() { entered().push_back(shared_from_this()); }
+  void enter() {
+    entered().push_back(shared_from_this());
+    std::lock_guard<std::mutex> guard(lock_);
+    ++inside_;
+  }
 
-  // Gives back to the system what has not been used since the last time.
+  // The last to leave gives back to the system what has not been used since the last time.
   void leave() {
     entered().pop_back();
     std::lock_guard<std::mutex> guard(lock_);
+    if (--inside_ > 0) return;
     std::erase_if(blocks_, [](const Block& block) { return !block.used && block.is_free(); });
     for (Block& block : blocks_) block.used = false;
   }
@@ -129,6 +134,7 @@ class Memory : public std::enable_shared_from_this<Memory> {
   }
 
   std::mutex lock_;
+  int inside_ = 0;  // how often it was entered and not left
   std::vector<Block> blocks_;
 };
 

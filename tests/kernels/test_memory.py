@@ -90,6 +90,21 @@ def test_what_is_not_used_any_more_is_given_back() -> None:
     assert memory.size() == 0
 
 
+def test_the_last_to_leave_gives_back() -> None:
+    kept = compiled.working_memory()
+    with kept as memory:
+        filled(MEBIBYTE, 1)
+        with kept:
+            pass
+        with kept:
+            pass
+        assert memory.size() > 0
+    assert memory.size() > 0
+    with kept:
+        pass
+    assert memory.size() == 0
+
+
 def test_little_is_left_to_pytorch() -> None:
     with compiled.working_memory() as memory:
         assert not is_lent(filled(4096, 1))
@@ -133,6 +148,11 @@ def test_explanations_are_the_users_own() -> None:
             found = explain(batch, (1, 5, 7))
             assert not is_lent(found)
     assert kept_by(method).size() > 0  # type: ignore[attr-defined]
+
+    taken = method._engine._memory.size()
+    for size in (3, 1):  # the last portion is smaller
+        method.attribute(x, (1, 5, 7), internal_batch_size=size)
+        assert method._engine._memory.size() == taken > 0
 
     first = method.attribute(x, (1, 5, 7))
     before = first.clone()
