@@ -30,8 +30,9 @@ from .errors import CaptureError, InputError, TrainingModeError
 
 aten = torch.ops.aten
 
-# torch.export patches process-wide state while it traces, so one capture runs at a time.
-_CAPTURE_LOCK = threading.Lock()
+# torch.export patches process-wide state while it traces, so one capture runs at a time. Symbolic
+# sizes that another thread compared meanwhile would end up in the trace: who does so holds it too.
+CAPTURING = threading.RLock()
 
 # Composite layers whose own decomposition is a graph of operations that have rules.
 _OPENED = [
@@ -186,7 +187,7 @@ def capture(
     """
     check_eval_mode(model)
     example, shapes = _example(args, batch_size)
-    with _CAPTURE_LOCK, _quiet(), torch.inference_mode(False), torch.no_grad():
+    with CAPTURING, _quiet(), torch.inference_mode(False), torch.no_grad():
         # The fused encoder kernels hide the layers that need rules.
         fastpath = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from .capture import CapturedGraph, capture, check_eval_mode, flatten_arguments
+from .capture import CAPTURING, CapturedGraph, capture, check_eval_mode, flatten_arguments
 from .errors import CaptureError, InputError, NonFiniteError
 from .fusion import fuse
 from .portions import divide, find_portion
@@ -211,7 +211,8 @@ class Engine:
         parameters = found.bind(self.model) if found is not None else None
         if found is not None and parameters is not None:
             return found, parameters
-        made = self._capture(args, explained, batch, wanted)
+        with CAPTURING:
+            made = self._capture(args, explained, batch, wanted)
         with self._lock:
             self._cache[signature] = made
             while len(self._cache) > _CACHED_PROGRAMS:

@@ -6,8 +6,10 @@ import copy
 import gc
 import inspect
 import io
+import queue
 import threading
 import weakref
+from collections.abc import Callable
 
 import matplotlib
 import pytest
@@ -682,6 +684,69 @@ def test_two_threads_share_one_method() -> None:
     for thread in threads:
         thread.join()
     assert failures == []
+
+
+class Gated(nn.Module):
+    """A product of two activations; ``here`` is called while forward is traced."""
+
+    def __init__(self, here: Callable[[], object] = lambda: None) -> None:
+        super().__init__()
+        self.left, self.right, self.last = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 3)
+        self.here = here
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.here()
+        return self.last(self.left(x) * self.right(x).sigmoid() + self.left(x) * self.right(x))
+
+
+class GatedSignal(Gated):
+    """The same, whose batch has another symbol: it is named after the argument."""
+
+    def forward(self, signal: Tensor) -> Tensor:
+        return super().forward(signal)
+
+
+def test_threads_explain_while_another_captures() -> None:
+    """What a thread works out about symbolic sizes must not end up in another's trace."""
+    torch.manual_seed(0)
+    x, inside, go = torch.randn(5, 4), queue.SimpleQueue[bool](), queue.SimpleQueue[bool]()
+    model, slow = Gated().eval(), GatedSignal().eval()
+    known = RelativeLRP(model)
+    serial = known.attribute(x, 1)
+    reference = RelativeLRP(slow).attribute(x, 1)
+    fresh: list[Tensor] = []
+
+    def capture(model: nn.Module) -> None:
+        fresh.append(RelativeLRP(model).attribute(x, 1))
+
+    def pause() -> None:
+        inside.put(True)
+        go.get()
+
+    def capture_slowly() -> None:
+        capture(slow)
+        inside.put(False)
+
+    slow.here = pause
+    threads = [
+        threading.Thread(target=capture_slowly),
+        threading.Thread(target=capture, args=(model,)),
+    ]
+    threads[0].start()
+    pauses = 0
+    while inside.get(timeout=60):  # in several passes
+        if pauses == 0:
+            threads[1].start()
+        pauses += 1
+        try:
+            assert torch.equal(known.attribute(x, 1), serial)
+        finally:
+            go.put(True)
+    for thread in threads:
+        thread.join()
+    assert pauses > 0
+    assert torch.equal(fresh[0], reference)
+    assert torch.equal(fresh[1], serial)
 
 
 # ---- wrappers and copies -------------------------------------------------------------------------

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..layout import expression
 from .base import Call, LinearRule, Relevance, Rule, sum_to
 from .passthrough import PassThrough
 
@@ -29,7 +30,8 @@ class Product(Rule):
         return PassThrough("other") if divides else Scale()
 
     def carriers(self, call: Call) -> tuple[Node, ...]:
-        full = [_own_shape(node) == tuple(call.shape(call.node)) for node in call.active]
+        whole = [expression(size) for size in call.shape(call.node)]
+        full = [_own_shape(node) == whole for node in call.active]
         if full[0] == full[1]:
             return call.active
         return (call.active[0 if full[0] else 1],)
@@ -45,11 +47,11 @@ class Product(Rule):
         ]
 
 
-def _own_shape(node: Node) -> tuple[object, ...]:
-    """The operand's shape before it was expanded to fit."""
+def _own_shape(node: Node) -> list[Any]:
+    """The operand's shape before it was expanded to fit, as formulas of the batch size."""
     while getattr(node.target, "overloadpacket", None) in _EXPANSIONS:
         node = node.args[0]  # type: ignore[assignment]
-    return tuple(node.meta["val"].shape)
+    return [expression(size) for size in node.meta["val"].shape]
 
 
 class Scale(LinearRule):
