@@ -164,20 +164,24 @@ Layout<sizeof...(Tensors)> layout_of(const Tensors&... tensors) {
 
 // ---- images: tensors (N, C, *spatial), contiguous or channels_last; so may signals (N, C, L) be ----
 
+// Calls f with each axis, the innermost first, for as long as it returns true; whether it always did.
+template <class F>
+bool all_axes(int64_t rank, bool channels_last, const F& f) {
+  if (channels_last && !f(1)) return false;
+  for (int64_t axis = rank - 1; axis >= (channels_last ? 2 : 1); --axis) {
+    if (!f(axis)) return false;
+  }
+  return f(0);
+}
+
 inline bool dense_in(const Tensor& t, bool channels_last) {
+  if (channels_last && t.dim() < 3) return false;
   int64_t expected = 1;
-  const int64_t rank = t.dim();
-  if (channels_last && rank < 3) return false;
-  auto axis_fits = [&](int64_t axis) {
+  return all_axes(t.dim(), channels_last, [&](int64_t axis) {
     const bool fits = t.size(axis) == 1 || t.stride(axis) == expected;
     expected *= t.size(axis);
     return fits;
-  };
-  if (channels_last && !axis_fits(1)) return false;
-  for (int64_t axis = rank - 1; axis >= (channels_last ? 2 : 1); --axis) {
-    if (!axis_fits(axis)) return false;
-  }
-  return axis_fits(0);
+  });
 }
 
 // Tensors that are both (one channel, one pixel) count as contiguous.
@@ -205,13 +209,11 @@ inline Tensor new_image(const Tensor& t, const Ints& shape, bool channels_last,
   const int64_t axes = static_cast<int64_t>(shape.size());
   Ints strides(axes);
   int64_t step = 1;
-  auto lay = [&](int64_t axis) {
+  all_axes(axes, channels_last, [&](int64_t axis) {
     strides[axis] = step;
     step *= shape[axis] > 0 ? shape[axis] : 1;
-  };
-  if (channels_last) lay(1);
-  for (int64_t axis = axes - 1; axis >= (channels_last ? 2 : 1); --axis) lay(axis);
-  lay(0);
+    return true;
+  });
   return new_strided(t, axes, shape.data(), strides.data(), dtype.value_or(t.scalar_type()));
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -26,7 +25,7 @@ def filled(size: int, number: float) -> Tensor:
 
 
 def is_lent(value: Tensor) -> bool:
-    """Whether PyTorch owns the memory, and may make it larger."""
+    """Whether the memory is not PyTorch's own, which may be made larger."""
     return not value.untyped_storage().resizable()
 
 
@@ -134,10 +133,6 @@ def test_outside_it_and_in_another_thread_there_is_none() -> None:
     assert found == [False, True, False]
 
 
-def kept_by(method: RelativeLRP | LayerRelativeLRP) -> AbstractContextManager[object]:
-    return method._engine._memory
-
-
 def test_explanations_are_the_users_own() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 8, 3)).eval()
@@ -147,8 +142,6 @@ def test_explanations_are_the_users_own() -> None:
         for batch in (x, x[:1]):
             found = explain(batch, (1, 5, 7))
             assert not is_lent(found)
-    assert kept_by(method).size() > 0  # type: ignore[attr-defined]
-
     taken = method._engine._memory.size()
     for size in (3, 1):  # the last portion is smaller
         method.attribute(x, (1, 5, 7), internal_batch_size=size)
