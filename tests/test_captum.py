@@ -714,10 +714,10 @@ def test_threads_explain_while_another_captures() -> None:
     known = RelativeLRP(model)
     serial = known.attribute(x, 1)
     reference = RelativeLRP(slow).attribute(x, 1)
-    fresh: list[Tensor] = []
+    fresh: dict[nn.Module, Tensor] = {}  # either thread may be the first to end
 
     def capture(model: nn.Module) -> None:
-        fresh.append(RelativeLRP(model).attribute(x, 1))
+        fresh[model] = RelativeLRP(model).attribute(x, 1)
 
     def pause() -> None:
         inside.put(True)
@@ -745,8 +745,8 @@ def test_threads_explain_while_another_captures() -> None:
     for thread in threads:
         thread.join()
     assert pauses > 0
-    assert torch.equal(fresh[0], reference)
-    assert torch.equal(fresh[1], serial)
+    assert torch.equal(fresh[slow], reference)
+    assert torch.equal(fresh[model], serial)
 
 
 # ---- wrappers and copies -------------------------------------------------------------------------
