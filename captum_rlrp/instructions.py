@@ -144,9 +144,8 @@ class FusedConvolution:
     def _normalize(self, run: Run, x: Tensor, other: Tensor | None) -> Tensor:
         assert self.norm is not None
         weight: Tensor = run.value(self.conv.args["weight"])
-        y = self._plain(x, weight, None)
-        scale, shift = (per_channel(v, y.dim()) for v in run.scratch[self.norm.node])
-        return self._finish(run, torch.addcmul(shift, y, scale, out=y), other)
+        scale, shift = run.scratch[self.norm.node]
+        return self._finish(run, self._plain(x, weight, None), other, scale, shift)
 
     def _convolve(
         self,
@@ -166,7 +165,9 @@ class FusedConvolution:
                     result, source = self.node if shrinks else None, self.conv.args["input"]
                     run.watch_convolution(source, weight, mass, bias, self.other, result, y)
                 return y
-        return self._finish(run, self._plain(x, weight, bias), other)
+        if _adds_bias(x):
+            return self._finish(run, self._plain(x, weight, bias), other)
+        return self._finish(run, self._plain(x, weight, None), other, None, bias)
 
     def _plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution alone."""
@@ -180,17 +181,26 @@ class FusedConvolution:
         )
         return y
 
-    def _finish(self, run: Run, y: Tensor, other: Tensor | None) -> Tensor:
-        """The sum and the activation, in place."""
-        if other is not None:
-            y = y.add_(other)
-        if self.activate is None:
-            return y
-        assert self.activation is not None
-        if self.activation.target is aten.relu.default:
-            return run.relu_(y)
-        run.watch(y)
-        return self.activate(y)
+    def _ends_in_relu(self) -> bool:
+        return self.activation is not None and self.activation.target is aten.relu.default
+
+    def _finish(
+        self,
+        run: Run,
+        y: Tensor,
+        other: Tensor | None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+    ) -> Tensor:
+        """What follows the convolution, in place: one pass, and one for other activations."""
+        relu = self._ends_in_relu()
+        if relu or not (other is scale is shift is None):
+            mass = run.kernels.finish_(y, scale, shift, other, relu=relu)
+            if self.activate is not None:
+                run.watch_sum(mass)
+        elif self.activate is not None:
+            run.watch(y)
+        return y if relu or self.activate is None else self.activate(y)
 
 
 @dataclass(frozen=True, eq=False)
@@ -417,6 +427,11 @@ class RestoredSum(Sum):
         r_a, r_b = run.split(call.node, self.result, s, b, terms, from_sum=True)
         by_node = {self.first: [r_a], self.other: [r_b]}
         return [by_node[node] for node in call.active]
+
+
+def _adds_bias(x: Tensor) -> bool:
+    """Whether convolutions of x add it, and round once; elsewhere that is a pass of its own."""
+    return x.device.type == "cpu"
 
 
 def _new_weight(weight: Tensor, x: Like) -> Tensor:

@@ -488,15 +488,16 @@ class Run:
 
         A sum is finite only if every summand is.
         """
-        self.watch_sum(value.sum(dtype=torch.promote_types(value.dtype, torch.float32)))
+        wide = torch.promote_types(value.dtype, torch.float32)
+        self.watch_sum(value.sum(dtype=wide).reshape(1))
 
     def watch_sum(self, total: Tensor) -> None:
-        """The same, where the value's sum is known."""
+        """The same, where the sums of its parts are known."""
         self._watched.append(total)
 
     def relu_(self, value: Tensor) -> Tensor:
         """Overwrites a value with its ReLU, and watches it in the same pass."""
-        self.watch_sum(self.kernels.relu_(value))
+        self.watch_sum(self.kernels.finish_(value, relu=True))
         return value
 
     def watch_convolution(
@@ -521,7 +522,7 @@ class Run:
         if not known * of_weight < _LARGE:
             known = self._energies[source] = _energy(self._values[source])
         if not known * of_weight + of_bias < _LARGE:
-            self._watched.append(y.new_full((), math.inf))
+            self._watched.append(y.new_full((1,), math.inf))
             return
         if result is None:
             return
@@ -540,9 +541,10 @@ class Run:
 
         Returns:
             Those of what relevance met: one for each input, one of the output, one of all masses.
-            Then those of the watched values, which may be infinite where values are merely huge.
+            Then that of the watched values, which may be infinite where values are merely huge.
         """
-        return self.kernels.sums([*inputs, self.output, torch.cat(self._masses), *self._watched])
+        watched = [torch.cat(self._watched)] if self._watched else []
+        return self.kernels.sums([*inputs, self.output, torch.cat(self._masses), *watched])
 
 
 _PLAIN = Layout()  # the batch comes first

@@ -21,6 +21,16 @@ inline void check_writable(const char* op, const char* name, const Tensor& t) {
   }
 }
 
+inline void check_per_channel(const char* op, const char* name, const std::optional<Tensor>& value,
+                              const Tensor& y) {
+  if (!value) return;
+  RLRP_CHECK(same_device(*value, y), op, name, " must be on the device of y");
+  RLRP_CHECK(value->scalar_type() == mass_type(y.scalar_type()), op, name, " must have dtype ",
+             torch::headeronly::toString(mass_type(y.scalar_type())));
+  RLRP_CHECK(y.dim() >= 2 && value->dim() == 1 && value->size(0) == y.size(1), op, name,
+             " must have one element per channel");
+}
+
 // t and u with their factors: the one or two terms of a relevance.
 inline void check_terms(const char* op, const Tensor& t, const std::optional<Tensor>& t_factor,
                         const std::optional<Tensor>& u, const std::optional<Tensor>& u_factor) {
@@ -47,14 +57,20 @@ struct Given {
         t_factor(first_factor ? data_of<A>(*first_factor) : nullptr),
         u_factor(second_factor ? data_of<A>(*second_factor) : nullptr) {}
 
-  RLRP_HD Terms<T, kTwo> at(int64_t sample, int64_t t_offset, int64_t t_step, int64_t u_offset,
+  // Those at the given addresses.
+  RLRP_HD Terms<T, kTwo> of(int64_t sample, const T* ts, int64_t t_step, const T* us,
                             int64_t u_step) const {
-    return {t + t_offset,
-            kTwo ? u + u_offset : nullptr,
+    return {ts,
+            us,
             t_step,
             u_step,
             t_factor ? t_factor[sample] : A(1),
             u_factor ? u_factor[sample] : A(1)};
+  }
+
+  RLRP_HD Terms<T, kTwo> at(int64_t sample, int64_t t_offset, int64_t t_step, int64_t u_offset,
+                            int64_t u_step) const {
+    return of(sample, t + t_offset, t_step, kTwo ? u + u_offset : nullptr, u_step);
   }
 };
 
@@ -66,8 +82,9 @@ inline std::optional<Tensor> packed(const std::optional<Tensor>& factor) {
 using Pair = std::tuple<Tensor, Tensor>;
 using Quadruple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// Device::product<T>(layout, s, q, x, g, factor), accumulate<T, kTwo>(layout, s, r, given) and
-// split<T, kTwo, kFromSum>(layout, s_a, s_b, r_a, r_b, a, b, given), masses as tensors.
+// Device::product<T>(layout, s, q, x, g, factor), accumulate<T, kTwo>(layout, s, r, given),
+// split<T, kTwo, kFromSum>(layout, s_a, s_b, r_a, r_b, a, b, given) and finish<T>(layout, s, y, other,
+// scale, shift, relu), masses as tensors.
 template <class Device>
 struct Elementwise {
   using Factor = std::optional<Tensor>;
@@ -117,6 +134,32 @@ struct Elementwise {
     RLRP_CHECK(a.const_data_ptr() != t.const_data_ptr() || t.numel() == 0, "split_",
                "a and t are written to and must not be the same tensor");
     return share(a, b, t, t_factor, u, u_factor, from_sum, a, t);
+  }
+
+  // Writes scale y + shift + other over y, or the ReLU of that; returns the mass in front of the ReLU.
+  static Tensor finish_(const Tensor& y, const Factor& scale, const Factor& shift, const Factor& other,
+                        bool relu) {
+    check_first("finish_", "y", y);
+    check_writable("finish_", "y", y);
+    check_per_channel("finish_", "scale", scale, y);
+    check_per_channel("finish_", "shift", shift, y);
+    if (other) check_like("finish_", "other", *other, "y", y);
+    // One number for each channel, wherever the element lies.
+    const int64_t of_channels[kMaxAxes] = {0, 1};
+    const int64_t* const own = y.strides().data();
+    const auto layout =
+        layout_with<4>(y, {own, other ? other->strides().data() : own, scale ? of_channels : own,
+                           shift ? of_channels : own});
+    const Factor scales = packed(scale), shifts = packed(shift);
+    Tensor s = new_masses(y);
+    dispatch(y.scalar_type(), "finish_", [&](auto zero) {
+      using T = decltype(zero);
+      using A = wide_t<T>;
+      Device::template finish<T>(layout, s, result_of<T>(y), other ? data_of<T>(*other) : nullptr,
+                                 scales ? data_of<A>(*scales) : nullptr,
+                                 shifts ? data_of<A>(*shifts) : nullptr, relu);
+    });
+    return s;
   }
 
  private:

@@ -16,7 +16,8 @@ STABLE_TORCH_LIBRARY(captum_rlrp, m) {
   m.def(
       "split_(Tensor(a!) a, Tensor b, Tensor(b!) t, Tensor? t_factor, Tensor? u, Tensor? u_factor, "
       "bool from_sum) -> (Tensor, Tensor)");
-  m.def("relu_(Tensor(a!) x) -> Tensor");
+  m.def(
+      "finish_(Tensor(a!) y, Tensor? scale, Tensor? shift, Tensor? other, bool relu) -> Tensor");
   m.def("sums(Tensor[] values) -> Tensor");
   m.def(
       "max_pool(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil_mode) "

@@ -146,20 +146,24 @@ struct Layout {
   int64_t numel() const { return axes.numel(); }
 };
 
-template <class... Tensors>
-Layout<sizeof...(Tensors)> layout_of(const Tensors&... tensors) {
-  constexpr int K = sizeof...(Tensors);
-  const Tensor* all[K] = {&tensors...};
-  const int64_t* strides[K];
+// Of operands with the shape of t and these strides.
+template <int K>
+Layout<K> layout_with(const Tensor& t, const int64_t* const (&strides)[K]) {
+  const int64_t* inner[K];
   Layout<K> layout;
-  layout.batch = all[0]->size(0);
+  layout.batch = t.size(0);
   for (int k = 0; k < K; ++k) {
-    layout.batch_stride[k] = all[k]->stride(0);
-    strides[k] = all[k]->strides().data() + 1;
+    layout.batch_stride[k] = strides[k][0];
+    inner[k] = strides[k] + 1;
   }
-  layout.axes = simplify<K>(static_cast<int>(all[0]->dim() - 1), all[0]->sizes().data() + 1,
-                            reinterpret_cast<const int64_t* const(&)[K]>(strides));
+  layout.axes = simplify<K>(static_cast<int>(t.dim() - 1), t.sizes().data() + 1,
+                            reinterpret_cast<const int64_t* const(&)[K]>(inner));
   return layout;
+}
+
+template <class... Tensors>
+Layout<1 + sizeof...(Tensors)> layout_of(const Tensor& t, const Tensors&... others) {
+  return layout_with<1 + sizeof...(Tensors)>(t, {t.strides().data(), others.strides().data()...});
 }
 
 // ---- images: tensors (N, C, *spatial), contiguous or channels_last; so may signals (N, C, L) be ----

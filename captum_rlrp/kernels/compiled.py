@@ -25,13 +25,13 @@ __all__ = [
     "adaptive_max_unpool",
     "avg_pool",
     "conv",
+    "finish_",
     "linear",
     "linear_rows",
     "mass",
     "max_pool",
     "max_unpool",
     "product",
-    "relu_",
     "split",
     "sums",
     "working_memory",
@@ -115,12 +115,21 @@ def _at_most_two(terms: Sequence[Term]) -> _Short | None:
     return (*terms[0], *terms[1]) if len(terms) == 2 else (*terms[0], None, None)
 
 
-def relu_(x: Tensor) -> Tensor:
-    """See :func:`captum_rlrp.kernels.reference.relu_`."""
-    if x.device.type != "cpu" or not _covers(x):
-        return reference.relu_(x)
-    before: Tensor = ops.relu_.default(x)
-    return before
+def finish_(
+    y: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    other: Tensor | None = None,
+    *,
+    relu: bool = False,
+) -> Tensor:
+    """See :func:`captum_rlrp.kernels.reference.finish_`."""
+    if not _covers(y, *(() if other is None else (other,))):
+        return reference.finish_(y, scale, shift, other, relu=relu)
+    wide = reference.accumulation_dtype(y.dtype)
+    scale, shift = (None if v is None else v.to(wide) for v in (scale, shift))
+    mass: Tensor = ops.finish_.default(y, scale, shift, other, relu)
+    return mass
 
 
 def sums(values: Sequence[Tensor]) -> Tensor:
@@ -366,7 +375,7 @@ def _register_fakes() -> None:
         lambda a, b, t, *_: (torch.empty_like(t), _masses(t), torch.empty_like(t), _masses(t))
     )
     fake("captum_rlrp::split_")(lambda a, b, t, *_: (_masses(t), _masses(t)))
-    fake("captum_rlrp::relu_")(_masses)
+    fake("captum_rlrp::finish_")(lambda y, *_: _masses(y))
     fake("captum_rlrp::sums")(lambda v: v[0].new_empty(len(v), dtype=torch.float64))
     fake("captum_rlrp::max_pool")(_fake_max_pool)
     fake("captum_rlrp::max_unpool")(lambda r, winners, shape, *_: _image(r, shape))

@@ -110,13 +110,44 @@ def split(
     return r_a, mass(r_a), r_b, mass(r_b)
 
 
-def relu_(x: Tensor) -> Tensor:
-    """Overwrites x with ``max(x, 0)``; returns the mass x had."""
+def finish_(
+    y: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    other: Tensor | None = None,
+    *,
+    relu: bool = False,
+) -> Tensor:
+    """Overwrites y with ``scale · y + shift + other``, or the ReLU of that.
+
+    Args:
+        y: What a convolution made, ``(N, C, *spatial)``; without scale and shift, any value.
+        scale: One number for each channel; None means 1.
+        shift: Likewise; None means 0.
+        other: A summand of y's shape and dtype.
+        relu: Whether negative results become 0.
+
+    Returns:
+        The mass in front of the ReLU, which a NaN or an infinity makes one too.
+    """
+    wide = accumulation_dtype(y.dtype)
+    scale, shift = (
+        None if v is None else v.to(wide).view([-1] + [1] * (y.dim() - 2)) for v in (scale, shift)
+    )
+    total = y.to(wide)
+    if scale is not None:
+        total.mul_(scale)
+    for summand in (shift, other):
+        if summand is not None:
+            total.add_(summand)
+    if total is not y:
+        y.copy_(total)
     # Not mass(), which makes a tensor of all absolute values.
-    inner = tuple(range(1, x.dim()))
-    before = torch.linalg.vector_norm(x, 1, inner, dtype=torch.float64) if inner else x.abs()
-    x.relu_()
-    return before.to(accumulation_dtype(x.dtype))
+    inner = tuple(range(1, y.dim()))
+    before = torch.linalg.vector_norm(y, 1, inner, dtype=torch.float64) if inner else y.abs()
+    if relu:
+        y.relu_()
+    return before.to(wide)
 
 
 def sums(values: Sequence[Tensor]) -> Tensor:

@@ -12,6 +12,12 @@ RLRP_HD T multiply(T x, T g, wide_t<T> factor) {
   return narrow<T>(widen(x) * (widen(g) * factor));
 }
 
+// max(value, 0); a NaN stays.
+template <class T>
+RLRP_HD T rectified(T value) {
+  return widen(value) < wide_t<T>(0) ? T{} : value;
+}
+
 // One or two terms of a relevance, with the factors of the sample at hand.
 template <class T, bool kTwo>
 struct Terms {

@@ -2,6 +2,7 @@
 // spatial axes; missing ones have size 1.
 #pragma once
 
+#include "pack.h"
 #include "window.h"
 
 namespace rlrp {
@@ -36,39 +37,43 @@ RLRP_HD bool beats(A value, A best) {
   return (value > best) | (value != value);
 }
 
-// The maximum that output (d, h, w) sees and the number of its element in the window; the first one in
-// a tie. NaN wins. Elements of x lie `step` apart.
-template <class T>
+// The maxima that output (d, h, w) sees in V channels and the numbers of their elements in the window;
+// the first one in a tie. NaN wins. Elements of x lie `step` apart, and channels side by side.
+template <class T, int V>
 struct Winner {
-  T value;
-  int64_t number;
+  Pack<T, V> value;
+  int64_t number[V];
 };
 
-template <class T>
-RLRP_HD Winner<T> winner(const Pooling& p, const T* x, int64_t step, int64_t d, int64_t h, int64_t w) {
+template <int V = 1, class T>
+RLRP_HD Winner<T, V> winner(const Pooling& p, const T* x, int64_t step, int64_t d, int64_t h, int64_t w) {
   const Span ds = p.axis[0].inputs(d), hs = p.axis[1].inputs(h), ws = p.axis[2].inputs(w);
-  Winner<T> best{x[p.in_index(ds.begin, hs.begin, ws.begin) * step], 0};
+  Winner<T, V> best{load_pack<V>(x + p.in_index(ds.begin, hs.begin, ws.begin) * step), {}};
   int64_t a = 0;
   for (int64_t i = ds.begin; i < ds.end; i += p.axis[0].step(), ++a) {
     int64_t b = 0;
     for (int64_t j = hs.begin; j < hs.end; j += p.axis[1].step(), ++b) {
       int64_t number = p.number(a, b, 0);
       for (int64_t k = ws.begin; k < ws.end; k += p.axis[2].step(), ++number) {
-        const T value = x[p.in_index(i, j, k) * step];
-        if (beats(widen(value), widen(best.value))) best = {value, number};
+        const auto value = load_pack<V>(x + p.in_index(i, j, k) * step);
+        for (int v = 0; v < V; ++v) {
+          if (!beats(widen(value.at[v]), widen(best.value.at[v]))) continue;
+          best.value.at[v] = value.at[v];
+          best.number[v] = number;
+        }
       }
     }
   }
   return best;
 }
 
-// What the element at (d, h, w) receives from max pooling: the relevance r of the outputs whose winner it
-// is. Neighbours in `winners` and r lie `step` apart.
-template <class T, class N>
-RLRP_HD wide_t<T> won(const Pooling& p, const N* winners, const T* r, int64_t step, int64_t d, int64_t h,
-                      int64_t w) {
+// What the element at (d, h, w) receives from max pooling, in V channels: the relevance r of the outputs
+// whose winner it is. Neighbours in `winners` and r lie `step` apart, and channels side by side.
+template <int V = 1, class T, class N>
+RLRP_HD Pack<wide_t<T>, V> won(const Pooling& p, const N* winners, const T* r, int64_t step, int64_t d,
+                               int64_t h, int64_t w) {
   const Span ds = p.axis[0].outputs(d), hs = p.axis[1].outputs(h), ws = p.axis[2].outputs(w);
-  wide_t<T> sum = 0;
+  Pack<wide_t<T>, V> sum = {};
   for (int64_t i = ds.begin; i < ds.end; ++i) {
     if (!p.axis[0].sees(i, d)) continue;
     for (int64_t j = hs.begin; j < hs.end; ++j) {
@@ -77,7 +82,12 @@ RLRP_HD wide_t<T> won(const Pooling& p, const N* winners, const T* r, int64_t st
       for (int64_t k = ws.begin; k < ws.end; ++k) {
         if (!p.axis[2].sees(k, w)) continue;
         const int64_t at = p.out_index(i, j, k) * step;
-        if (static_cast<int64_t>(winners[at]) == plane + p.axis[2].number(k, w)) sum += widen(r[at]);
+        const auto from = load_pack<V>(winners + at);
+        const auto relevance = load_pack<V>(r + at);
+        const int64_t mine = plane + p.axis[2].number(k, w);
+        for (int v = 0; v < V; ++v) {
+          if (static_cast<int64_t>(from.at[v]) == mine) sum.at[v] += widen(relevance.at[v]);
+        }
       }
     }
   }
@@ -97,22 +107,25 @@ struct AverageRule {
   }
 };
 
-// What the element at (d, h, w) receives from average pooling.
-template <class T>
-RLRP_HD wide_t<T> averaged(const Pooling& p, const AverageRule& rule, const T* r, int64_t step,
-                           int64_t d, int64_t h, int64_t w) {
+// What the element at (d, h, w) receives from average pooling, in V channels that lie side by side.
+template <int V = 1, class T>
+RLRP_HD Pack<wide_t<T>, V> averaged(const Pooling& p, const AverageRule& rule, const T* r, int64_t step,
+                                    int64_t d, int64_t h, int64_t w) {
   using A = wide_t<T>;
   const Span ds = p.axis[0].outputs(d), hs = p.axis[1].outputs(h), ws = p.axis[2].outputs(w);
-  A sum = 0;
+  Pack<A, V> sum = {};
   for (int64_t i = ds.begin; i < ds.end; ++i) {
     for (int64_t j = hs.begin; j < hs.end; ++j) {
       const A outer = A(rule.count(p.axis[0], i)) * A(rule.count(p.axis[1], j));
       for (int64_t k = ws.begin; k < ws.end; ++k) {
-        sum += widen(r[p.out_index(i, j, k) * step]) / (outer * A(rule.count(p.axis[2], k)));
+        const auto relevance = load_pack<V>(r + p.out_index(i, j, k) * step);
+        const A count = outer * A(rule.count(p.axis[2], k));
+        for (int v = 0; v < V; ++v) sum.at[v] += widen(relevance.at[v]) / count;
       }
     }
   }
-  return rule.divisor == 0 ? sum : sum / A(rule.divisor);
+  for (int v = 0; v < V && rule.divisor != 0; ++v) sum.at[v] /= A(rule.divisor);
+  return sum;
 }
 
 }  // namespace rlrp

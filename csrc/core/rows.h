@@ -30,9 +30,12 @@ RLRP_HD double product_row(int64_t count, const T* x, int64_t x_step, const T* g
   return mass;
 }
 
-// max(x, 0), and the mass of what was there before; a NaN stays.
-template <class T>
-RLRP_HD double relu_row(int64_t count, T* x, int64_t step) {
+// scale y + shift + other in place of y, where those are given, or its ReLU; the mass is that in front
+// of the ReLU.
+template <class T, bool kOther, bool kScale, bool kShift>
+RLRP_HD double finish_row(int64_t count, T* y, int64_t y_step, const T* other, int64_t other_step,
+                          const wide_t<T>* scale, const wide_t<T>* shift, int64_t channel_step,
+                          bool relu) {
   using A = wide_t<T>;
   double mass = 0;
   for (int64_t start = 0; start < count; start += kBlock) {
@@ -40,9 +43,13 @@ RLRP_HD double relu_row(int64_t count, T* x, int64_t step) {
     A sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = start; i < end; ++i) {
-      const A value = widen(x[i * step]);
-      sum += absolute(value);
-      x[i * step] = narrow<T>(value < A(0) ? A(0) : value);
+      A value = widen(y[i * y_step]);
+      if constexpr (kScale) value *= scale[i * channel_step];
+      if constexpr (kShift) value += shift[i * channel_step];
+      if constexpr (kOther) value += widen(other[i * other_step]);
+      const T rounded = narrow<T>(value);
+      sum += absolute(widen(rounded));  // in which an overflow is to show
+      y[i * y_step] = relu ? rectified(rounded) : rounded;
     }
     mass += static_cast<double>(sum);
   }

@@ -125,24 +125,44 @@ struct Cpu {
                   return Masses<2>{mass.a, mass.b};
                 });
   }
-};
 
-// Overwrites x; returns the mass it had.
-Tensor relu_(const Tensor& x) {
-  check_first("relu_", "x", x);
-  check_writable("relu_", "x", x);
-  Tensor s = new_masses(x);
-  dispatch(x.scalar_type(), "relu_", [&](auto zero) {
-    using T = decltype(zero);
-    T* data = result_of<T>(x);
-    const auto layout = layout_of(x);
-    const int64_t step = layout.axes.step(0);
-    sweep<1, 1>(layout, {&s}, [=](int64_t, const int64_t* o, int64_t count) RLRP_INLINE {
-      return Masses<1>{step == 1 ? relu_row(count, data + o[0], 1) : relu_row(count, data + o[0], step)};
+  template <class T>
+  static void finish(const Layout<4>& layout, const Tensor& s, T* y, const T* other,
+                     const wide_t<T>* scale, const wide_t<T>* shift, bool relu) {
+    const auto run = [&]<bool kOther, bool kScale, bool kShift>() {
+      finish_with<T, kOther, kScale, kShift>(layout, s, y, other, scale, shift, relu);
+    };
+    const auto with_shift = [&]<bool kOther, bool kScale>() {
+      shift ? run.template operator()<kOther, kScale, true>()
+            : run.template operator()<kOther, kScale, false>();
+    };
+    if (other) {
+      scale ? with_shift.template operator()<true, true>() : with_shift.template operator()<true, false>();
+    } else {
+      scale ? with_shift.template operator()<false, true>() : with_shift.template operator()<false, false>();
+    }
+  }
+
+ private:
+  template <class T, bool kOther, bool kScale, bool kShift>
+  static void finish_with(const Layout<4>& layout, const Tensor& s, T* y, const T* other,
+                          const wide_t<T>* scale, const wide_t<T>* shift, bool relu) {
+    std::array<int64_t, 4> step;
+    for (int k = 0; k < 4; ++k) step[k] = layout.axes.step(k);
+    const bool unit = step[0] == 1 && step[1] == 1;
+    const int64_t channel = kScale ? step[2] : step[3];  // along rows of pixels 0, of channels 1
+    sweep<1, 4>(layout, {&s}, [=](int64_t, const int64_t* o, int64_t count) RLRP_INLINE {
+      const auto row = [&](int64_t y_step, int64_t other_step, int64_t channel_step) RLRP_INLINE {
+        return Masses<1>{finish_row<T, kOther, kScale, kShift>(
+            count, y + o[0], y_step, kOther ? other + o[1] : nullptr, other_step,
+            kScale ? scale + o[2] : nullptr, kShift ? shift + o[3] : nullptr, channel_step, relu)};
+      };
+      if (unit && channel == 0) return row(1, 1, 0);
+      if (unit && channel == 1) return row(1, 1, 1);
+      return row(step[0], step[1], channel);
     });
-  });
-  return s;
-}
+  }
+};
 
 template <class T>
 double sum_of(const T* x, int64_t numel) {
@@ -181,7 +201,7 @@ STABLE_TORCH_LIBRARY_IMPL(captum_rlrp, CPU, m) {
   m.impl("accumulate_", TORCH_BOX(&Elementwise<Cpu>::accumulate_));
   m.impl("split", TORCH_BOX(&Elementwise<Cpu>::split));
   m.impl("split_", TORCH_BOX(&Elementwise<Cpu>::split_));
-  m.impl("relu_", TORCH_BOX(&relu_));
+  m.impl("finish_", TORCH_BOX(&Elementwise<Cpu>::finish_));
   m.impl("sums", TORCH_BOX(&sums));
 }
 

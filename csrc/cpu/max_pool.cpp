@@ -315,9 +315,9 @@ class Planes {
           const T* window = x + p.in_index(first[0][d], first[1][h], 0);
           int64_t w = 0;
           const auto border = [&]() RLRP_INLINE {
-            const Winner<T> found = winner(p, x, 1, d, h, w);
-            *y++ = found.value;
-            *won++ = static_cast<N>(found.number);
+            const Winner<T, 1> found = winner(p, x, 1, d, h, w);
+            *y++ = found.value.at[0];
+            *won++ = static_cast<N>(found.number[0]);
           };
           for (; w < inner.begin; ++w) border();
           for (; w < inner.end; ++w) {

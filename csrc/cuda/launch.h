@@ -26,9 +26,19 @@ class OnDeviceOf {
   cudaStream_t stream_;
 };
 
-inline unsigned blocks_for(const char* op, int64_t count) {
-  RLRP_CHECK(count < (int64_t{1} << 31), op, "the tensor is too large for one launch");
-  return static_cast<unsigned>(count);
+// One thread for each element of `kThreads` × blocks. By a function, not by <<<…>>>: kernels are then
+// plain C++, and tests run them without a GPU as well.
+template <class... Parameters, class... Arguments>
+void launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, const OnDeviceOf& device,
+            const Arguments&... arguments) {
+  if (blocks == 0) return;
+  RLRP_CHECK(blocks < (int64_t{1} << 31), op, "the tensor is too large for one launch");
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(kThreads);
+  config.stream = device.stream();
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  RLRP_CHECK(error == cudaSuccess, op, "the kernel could not be launched: ", cudaGetErrorString(error));
 }
 
 }  // namespace rlrp

@@ -173,9 +173,10 @@ void check_pooling() {
   const Window &down = p.axis[1], &along = p.axis[2];
   for (int64_t h = 0; h < down.out; ++h) {
     for (int64_t w = 0; w < along.out; ++w) {
-      const auto [value, number] = winner(p, x.data(), 1, 0, h, w);
+      const auto [values, numbers] = winner(p, x.data(), 1, 0, h, w);
+      const int64_t number = numbers[0];
       const int64_t i = down.inputs(h).begin + number / 3, j = along.inputs(w).begin + number % 3;
-      EXPECT(x[p.in_index(0, i, j)] == value);
+      EXPECT(x[p.in_index(0, i, j)] == values.at[0]);
       winners[p.out_index(0, h, w)] = static_cast<uint8_t>(number);
       scattered[p.in_index(0, i, j)] += r[p.out_index(0, h, w)];
     }
@@ -183,8 +184,8 @@ void check_pooling() {
   float spread = 0;
   for (int64_t h = 0; h < 7; ++h) {
     for (int64_t w = 0; w < 7; ++w) {
-      EXPECT(won(p, winners.data(), r.data(), 1, 0, h, w) == scattered[p.in_index(0, h, w)]);
-      spread += averaged(p, AverageRule{false, 0}, r.data(), 1, 0, h, w);
+      EXPECT(won(p, winners.data(), r.data(), 1, 0, h, w).at[0] == scattered[p.in_index(0, h, w)]);
+      spread += averaged(p, AverageRule{false, 0}, r.data(), 1, 0, h, w).at[0];
     }
   }
   EXPECT(std::abs(spread - static_cast<float>(p.out_plane())) < 1e-4f);

@@ -1,4 +1,4 @@
-"""product, accumulate, split, relu_, sums: compiled against the float64 reference, and by hand."""
+"""product, accumulate, split, finish_, sums: compiled against float64, and by hand."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def test_bits_do_not_depend_on_the_thread_count(layout):
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             q, s = compiled.product(x, g)
-            checks = compiled.sums([x, x[0]]), compiled.relu_(x.clone())
+            checks = compiled.sums([x, x[0]]), compiled.finish_(x.clone(), other=x, relu=True)
             seen.append((q, s, *compiled.split(x, g, [(g, s)]), *checks))
     finally:
         torch.set_num_threads(threads)
@@ -296,7 +296,56 @@ def test_product_applies_the_pending_factor(device, backend, dtype, inplace):
     torch.testing.assert_close(exact(s), exact(q).abs().sum((1, 2)), rtol=1e-5, atol=1e-7)
 
 
-# ---- relu_ and sums: is everything finite? ------------------------------------------------------
+# ---- finish_ and sums: is everything finite? ----------------------------------------------------
+
+
+@every_case
+@every_device
+@pytest.mark.parametrize("given", ["shift", "scale shift", "other", "scale shift other", "scale"])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (3, 17), (2, 16, 6), (2, 40, 33, 31)], ids=str)
+def test_finish(backend, device, dtype, layout, shape, given):
+    y, other = (rand(*shape, dtype=dtype, device=device, layout=layout) for _ in range(2))
+    wide = reference.accumulation_dtype(dtype)
+    channels = {
+        name: torch.randn(shape[1], dtype=wide, device=device)
+        for name in given.split()
+        if name != "other"
+    }
+    expected, place, strides = exact(y), y.data_ptr(), y.stride()
+    for name, value in channels.items():
+        value = exact(value).view([-1] + [1] * (len(shape) - 2))
+        expected = expected * value if name == "scale" else expected + value
+    if "other" in given:
+        channels["other"] = other
+        expected = expected + exact(other)
+    for relu in (False, True):
+        z = y.as_strided(y.shape, y.stride())
+        before = y.clone()
+        s = backend.finish_(z, **channels, relu=relu)
+        agree(z, expected.relu() if relu else expected, dtype)
+        agree(s, expected.abs().flatten(1).sum(1), dtype)
+        assert (z.data_ptr(), z.stride()) == (place, strides)
+        assert s.dtype == wide
+        y.copy_(before)
+
+
+@needs_extension
+@every_device
+def test_finish_takes_numbers_of_any_layout_and_dtype(device):
+    y = torch.randn(2, 4, 6, 5, device=device)
+    scale = torch.randn(8, dtype=torch.float64, device=device)[::2]
+    shift = torch.randn(4, device=device).bfloat16()
+    expected = exact(y) * exact(scale).view(-1, 1, 1) + exact(shift).view(-1, 1, 1)
+    compiled.finish_(y, scale, shift)
+    agree(y, expected, torch.float32)
+
+
+@compare
+def test_what_overflows_in_front_of_the_relu_shows_in_the_mass(backend):
+    y = torch.full((2, 3, 4), -6e4, dtype=torch.float16)
+    y[0] = 1
+    s = backend.finish_(y, other=y.clone(), relu=True)
+    assert s.isfinite().tolist() == [True, False]
 
 
 @every_case
@@ -305,7 +354,7 @@ def test_product_applies_the_pending_factor(device, backend, dtype, inplace):
 def test_relu_in_place(backend, device, dtype, layout, shape):
     x = rand(*shape, dtype=dtype, device=device, layout=layout)
     before, place, strides = exact(x).clone(), x.data_ptr(), x.stride()
-    s = backend.relu_(x)
+    s = backend.finish_(x, relu=True)
     assert torch.equal(exact(x), before.clamp_min(0))
     assert (x.data_ptr(), x.stride()) == (place, strides)
     assert s.dtype == reference.accumulation_dtype(dtype)
@@ -317,7 +366,7 @@ def test_relu_in_place(backend, device, dtype, layout, shape):
 def test_what_relu_hides_shows_in_the_mass(backend, bad):
     x = torch.randn(2, 3, 4000)
     x[1, 1, 3998] = bad
-    s = backend.relu_(x)
+    s = backend.finish_(x, relu=True)
     assert s[0].isfinite()
     assert not s[1].isfinite()
     assert torch.equal(x[1, 1, 3998], torch.tensor(bad).relu()) or (bad != bad and x.isnan().any())
@@ -327,7 +376,7 @@ def test_what_relu_hides_shows_in_the_mass(backend, bad):
 def test_relu_of_a_view_leaves_the_rest(backend):
     x = torch.randn(2, 6, 40)
     before = x.clone()
-    s = backend.relu_(x[:, ::2, 1::3])
+    s = backend.finish_(x[:, ::2, 1::3], relu=True)
     expected = before.clone()
     expected[:, ::2, 1::3] = before[:, ::2, 1::3].clamp_min(0)
     assert torch.equal(x, expected)
