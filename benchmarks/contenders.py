@@ -44,22 +44,35 @@ def tiny_mlp() -> nn.Module:
 
 
 @dataclass(frozen=True)
+class Given:
+    """Where and how all methods explain."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+    size: int = 224  # height and width of images
+
+
+@dataclass(frozen=True)
 class Subject:
     title: str
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]  # of one sample
     classes: int
 
-    def model(self, device: str, dtype: torch.dtype) -> nn.Module:
+    def model(self, given: Given) -> nn.Module:
         """The same parameters in every process."""
         torch.manual_seed(0)
-        return self.make().eval().to(device, dtype)
+        model = self.make().eval().to(given.device, given.dtype)
+        return model.to(memory_format=torch.channels_last) if given.channels_last else model
 
-    def inputs(self, batch: int, device: str, dtype: torch.dtype, size: int = 224) -> Inputs:
-        shape = [size if n == 224 else n for n in self.shape]
+    def inputs(self, batch: int, given: Given) -> Inputs:
+        shape = [given.size if n == 224 else n for n in self.shape]
         generator = torch.Generator().manual_seed(batch)
-        x = torch.randn(batch, *shape, generator=generator).to(device, dtype)
-        return x, (torch.arange(batch) % self.classes).to(device)
+        x = torch.randn(batch, *shape, generator=generator).to(given.device, given.dtype)
+        if given.channels_last and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return x, (torch.arange(batch) % self.classes).to(given.device)
 
 
 Inputs = tuple[Tensor, Tensor]
@@ -151,8 +164,8 @@ ON_GPU = ("Relative LRP, CUDA graph",)
 PEERS = ("captum LRP", "zennit EpsilonPlus")
 
 
-def contender(subject: Subject, method: str, device: str, dtype: torch.dtype) -> Explain:
-    return METHODS[method](subject.model(device, dtype))
+def contender(subject: Subject, method: str, given: Given) -> Explain:
+    return METHODS[method](subject.model(given))
 
 
 # --- the floor ----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 Figures = dict[str, Any]
 
-SECTIONS = ("models", "kernels")
+SECTIONS = ("models", "kernels", "breakdown")
 EMPTY = "\n\n".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->" for name in SECTIONS) + "\n"
 PALETTE = ("#c1272d", "#7b1fa2", "#0b3c5d", "#e08e0b", "#6a8e3f", "#8a8a8a")
 COLORS = dict(zip(METHODS, PALETTE, strict=True))
@@ -29,6 +29,7 @@ def write(folder: Path, section: str, device: str, figures: Figures) -> None:
     results.mkdir(parents=True, exist_ok=True)
     prefix = "" if section == "models" else f"{section}-"
     suffix = "" if figures["dtype"] == "float32" else f"-{figures['dtype']}"
+    suffix += "-channels_last" if figures.get("channels_last") else ""
     (results / f"{prefix}{device}{suffix}.json").write_text(json.dumps(figures, indent=1) + "\n")
 
     parts = []
@@ -40,6 +41,8 @@ def write(folder: Path, section: str, device: str, figures: Figures) -> None:
             parts.append(models_section(known, path.stem, picture.name))
         elif section == "kernels" and "kernels" in known:
             parts.append(kernels_section(known, path.stem.removeprefix("kernels-")))
+        elif section == "breakdown" and "breakdown" in known:
+            parts.append(breakdown_section(known, path.stem.removeprefix("breakdown-")))
     document = folder / "docs" / "benchmarks.md"
     text = document.read_text() if document.exists() else EMPTY
     document.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +75,8 @@ def circumstances(figures: Figures) -> str:
 def models_section(figures: Figures, title: str, picture: str) -> str:
     parts = [
         f"### {title}",
-        f"{circumstances(figures)}\n* {figures['dtype']}, images of {figures['size']}²",
+        f"{circumstances(figures)}\n* {figures['dtype']}, images of {figures['size']}²"
+        + (", models and images in channels_last" if figures.get("channels_last") else ""),
         f"![Time and peak memory against batch, {title}](images/{picture})",
     ]
     for name, subject in SUBJECTS.items():
@@ -220,4 +224,52 @@ def kernels_section(figures: Figures, title: str) -> str:
         aten, compiled = row["aten_s"] * 1e3, row["compiled_s"] * 1e3
         name = row["kernel"].replace("torch.", "").replace("contiguous_format", "contiguous")
         lines.append(f"| {name} | {aten:.3g} | {compiled:.3g} | {row['ratio']:.2f} |")
+    return "\n".join(lines)
+
+
+# --- breakdown ----------------------------------------------------------------------------------
+
+
+def breakdown_section(figures: Figures, title: str) -> str:
+    copy = figures["copy"]
+    parts = [
+        f"### {title}",
+        f"{circumstances(figures)}\n* {figures['dtype']}, batch {figures['batch']}; a plain copy "
+        f"moves {copy / 1e9:.0f} GB/s",
+    ]
+    for one in figures["breakdown"]:
+        title = SUBJECTS[one["model"]].title
+        parts += [f"#### {title}: {one['seconds'] * 1e3:.1f} ms", breakdown_table(one, copy)]
+    return "\n\n".join(parts)
+
+
+def breakdown_table(one: Figures, copy: float) -> str:
+    """Products, each of our kernels, the longest of what else there is, and what is left."""
+    lines = [
+        "| | calls | ms | of the time | GB/s | of a copy's |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+
+    def row(name: str, parts: list[Figures], seconds: float | None = None) -> None:
+        taken = sum(part["seconds"] for part in parts) if seconds is None else seconds
+        calls = str(sum(part["calls"] for part in parts)) if parts else ""
+        moved = sum(part["moved"] for part in parts if not part["is_product"])
+        speed = moved / taken if moved and taken else None
+        speeds = "| |" if speed is None else f"| {speed / 1e9:.0f} | {speed / copy:.0%} |"
+        share = taken / one["seconds"]
+        lines.append(f"| {name} | {calls} | {taken * 1e3:.2f} | {share:.1%} {speeds}")
+
+    def longest(parts: list[Figures]) -> list[Figures]:
+        return sorted(parts, key=lambda part: -part["seconds"])
+
+    parts = one["parts"]
+    row("convolutions and dense layers", [p for p in parts if p["is_product"]])
+    ours = longest([p for p in parts if p["is_ours"] and not p["is_product"]])
+    for part in ours:
+        row(f"`{part['op'].partition('::')[2]}`", [part])
+    others = longest([p for p in parts if not p["is_product"] and not p["is_ours"]])
+    for part in others[:4]:
+        row(f"`{part['op']}`", [part])
+    row("other operations", others[4:])
+    row("nothing of these", [], one["seconds"] - sum(part["seconds"] for part in parts))
     return "\n".join(lines)

@@ -51,6 +51,7 @@ from contenders import (
     SUBJECTS,
     YARDSTICK,
     Explain,
+    Given,
     Inputs,
     Subject,
     contender,
@@ -120,18 +121,22 @@ def check(explain: Explain, inputs: Inputs) -> None:
         raise ArithmeticError("the attributions are not finite")
 
 
+def given_by(args: argparse.Namespace) -> Given:
+    return Given(args.device, getattr(torch, args.dtype), args.channels_last, args.size)
+
+
 def time_model(name: str, args: argparse.Namespace) -> list[Cell]:
-    subject, dtype = SUBJECTS[name], getattr(torch, args.dtype)
+    subject, given = SUBJECTS[name], given_by(args)
     explainers: dict[str, Explain] = {}
     failed: dict[str, str] = {}
     for method in args.methods:
         try:
-            explainers[method] = contender(subject, method, args.device, dtype)
+            explainers[method] = contender(subject, method, given)
         except Exception as error:
             failed[method] = describe(error)
     cells: list[Cell] = []
     for batch in args.batches:
-        inputs = subject.inputs(batch, args.device, dtype, args.size)
+        inputs = subject.inputs(batch, given)
         row = {method: Cell(name, batch, method) for method in args.methods}
         for method, cell in row.items():
             cell.error = failed.get(method)
@@ -162,9 +167,9 @@ def time_model(name: str, args: argparse.Namespace) -> list[Cell]:
 
 def time_batches(name: str, args: argparse.Namespace) -> dict[int, float]:
     """What an image costs at each batch size, over its cost at the size before: sizes in turns."""
-    subject, dtype = SUBJECTS[name], getattr(torch, args.dtype)
-    explain = contender(subject, OURS, args.device, dtype)
-    inputs = {n: subject.inputs(n, args.device, dtype, args.size) for n in args.batches}
+    subject, given = SUBJECTS[name], given_by(args)
+    explain = contender(subject, OURS, given)
+    inputs = {n: subject.inputs(n, given) for n in args.batches}
     for batch in inputs.values():
         check(explain, batch)
     rounds: list[dict[int, float]] = []
@@ -264,14 +269,13 @@ def highest(device: str) -> Iterator[list[int]]:
 
 def inspect_alone(subject: Subject, method: str, batch: int, args: argparse.Namespace) -> None:
     """What the fresh process does: a call on a single sample, then the two that are looked at."""
-    dtype = getattr(torch, args.dtype)
-    one = subject.inputs(1, args.device, dtype, args.size)
-    inputs = subject.inputs(batch, args.device, dtype, args.size)
+    given = given_by(args)
+    one, inputs = subject.inputs(1, given), subject.inputs(batch, given)
     # Lazily imported modules are neither the model's nor the method's.
-    small = relative_lrp(tiny_mlp().eval().to(args.device, dtype))
-    small_inputs = SUBJECTS["tiny_mlp"].inputs(1, args.device, dtype)
+    small = relative_lrp(tiny_mlp().eval().to(given.device, given.dtype))
+    small_inputs = SUBJECTS["tiny_mlp"].inputs(1, given)
     result = {"loading_s": timed(small, small_inputs, args.device)}
-    explain = contender(subject, method, args.device, dtype)
+    explain = contender(subject, method, given)
     untouched = settle(args.device)
     result["first_s"] = timed(explain, one, args.device)
     result["kept_mib"] = max(settle(args.device) - untouched, 0) / MEBIBYTE
@@ -288,6 +292,7 @@ def inspect(cell: Cell, args: argparse.Namespace) -> None:
     """Fill the cell from a fresh process."""
     command = [sys.executable, __file__, "--alone", cell.model, cell.method, str(cell.batch)]
     command += ["--device", args.device, "--dtype", args.dtype, "--size", str(args.size)]
+    command += ["--channels-last"] if args.channels_last else []
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     except subprocess.CalledProcessError as error:
@@ -337,14 +342,16 @@ def circumstances(args: argparse.Namespace) -> dict[str, Any]:
     if args.device == "cuda":
         machine = f"{torch.cuda.get_device_name()}, {machine}"
     packages = ("torch", "torchvision", "captum", "zennit", "captum-rlrp")
-    arguments = shlex.join(sys.argv[1:])
+    script, arguments = Path(sys.argv[0]).name, shlex.join(sys.argv[1:])
+    is_whole = script == "run.py" and not arguments
     return {
         "date": date.today().isoformat(),
-        "command": f"python benchmarks/run.py {arguments}" if arguments else "make bench",
+        "command": "make bench" if is_whole else f"python benchmarks/{script} {arguments}".rstrip(),
         "machine": machine,
         "threads": torch.get_num_threads(),
         "dtype": args.dtype,
         "size": args.size,
+        "channels_last": args.channels_last,
         "backend": show_config()["backend"],
         "versions": {name: version(name) for name in packages},
     }
@@ -361,6 +368,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", type=int, help="height and width of the images (224)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], default="float32")
+    parser.add_argument(
+        "--channels-last", action="store_true", help="models and images; else as modules have them"
+    )
     parser.add_argument("--no-memory", action="store_true", help="measure time only")
     parser.add_argument(
         "--quick", action="store_true", help="64², batches 1 and 2, one round, no memory"

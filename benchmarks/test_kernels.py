@@ -27,21 +27,23 @@ LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 ROUNDS = 15
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+MANY = 16 if DEVICE == "cuda" else 1  # smaller sizes would only show what a launch takes
+
 # (N, C, H, W): after VGG16's second convolution, in ResNet50's second and fourth stage.
 ELEMENTWISE = {
-    "vgg16.conv1_2": (2, 64, 224, 224),
-    "resnet50.layer2": (4, 512, 28, 28),
-    "resnet50.layer4": (8, 2048, 7, 7),
+    "vgg16.conv1_2": (2 * MANY, 64, 224, 224),
+    "resnet50.layer2": (4 * MANY, 512, 28, 28),
+    "resnet50.layer4": (8 * MANY, 2048, 7, 7),
 }
 MAX_POOLS = {
-    "vgg16.pool1": ((2, 64, 224, 224), (2, 2, 0)),
-    "vgg16.pool4": ((4, 512, 28, 28), (2, 2, 0)),
-    "resnet50.maxpool": ((4, 64, 112, 112), (3, 2, 1)),
+    "vgg16.pool1": ((2 * MANY, 64, 224, 224), (2, 2, 0)),
+    "vgg16.pool4": ((4 * MANY, 512, 28, 28), (2, 2, 0)),
+    "resnet50.maxpool": ((4 * MANY, 64, 112, 112), (3, 2, 1)),
 }
 POOLS = (torch.nn.functional.max_pool1d, torch.nn.functional.max_pool2d)
 AVERAGE_POOLS = {
-    "resnet50.avgpool": ((8, 2048, 7, 7), (1, 1)),
-    "vgg16.avgpool": ((4, 512, 14, 14), (7, 7)),
+    "resnet50.avgpool": ((8 * MANY, 2048, 7, 7), (1, 1)),
+    "vgg16.avgpool": ((4 * MANY, 512, 14, 14), (7, 7)),
 }
 DENSE = {  # rows, inputs, outputs
     "vgg16.fc1": (8, 25088, 4096),
@@ -181,7 +183,7 @@ def test_max_pool(benchmark, name, dtype, layout):
 
 @pytest.mark.parametrize("window", [(4, 4, 0), (3, 2, 1)])
 def test_max_pool_of_signals(benchmark, window, dtype):
-    x = make((8, 64, 8192), dtype, torch.contiguous_format)
+    x = make((8 * MANY, 64, 8192), dtype, torch.contiguous_format)
     compare_max_pool(benchmark, f"max_pool signals {window} {dtype}", x, window)
 
 
@@ -199,8 +201,8 @@ def test_adaptive_avg_pool(benchmark, name, dtype, layout):
 
 
 def test_avg_pool(benchmark, dtype, layout):
-    shape = (4, 256, 56, 56)  # densenet121.transition1
-    x, r = make(shape, dtype, layout), make((4, 256, 28, 28), dtype, layout)
+    shape = (4 * MANY, 256, 56, 56)  # densenet121.transition1
+    x, r = make(shape, dtype, layout), make((4 * MANY, 256, 28, 28), dtype, layout)
     two, none = [2, 2], [0, 0]
     compare(
         benchmark,

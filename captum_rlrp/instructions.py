@@ -87,8 +87,7 @@ class FusedConvolution:
             folded, mass = run.kernels.accumulate([(weight, None)], out=_new_weight(weight, x))
             return folded, bias, mass
         scale, shift = run.scratch[self.norm.node]
-        factor = scale.to(accumulation_dtype(weight.dtype))
-        folded, mass = run.kernels.accumulate([(weight, factor)], out=_new_weight(weight, x))
+        folded, mass = run.kernels.accumulate([(weight, scale)], out=_new_weight(weight, x))
         return folded, shift, mass
 
     def filters(self, run: Run, x: Like | Tensor, back: bool = False) -> Filters | None:
@@ -172,6 +171,7 @@ class FusedConvolution:
     def _plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution alone."""
         args = self.conv.args
+        bias = None if bias is None else bias.to(weight.dtype)
         if self.window is not None and onednn.covers(x, weight):
             plain = onednn.convolution(x, weight, bias, *self.window, args["groups"])
             assert plain is not None
@@ -214,12 +214,14 @@ class BatchNorms:
     folded: tuple[FusedConvolution, ...]
 
     def __call__(self, run: Run) -> None:
-        """Leaves them in the run's scratch, where a batch norm's node finds both."""
+        """Leaves them in the run's scratch, where a batch norm's node finds both: float32 at least."""
         norms = [made.norm for made in self.folded if made.norm is not None]
 
         def gather(calls: Iterable[Call], name: str) -> Tensor | None:
             values = [run.value(call.args[name]) for call in calls]
-            return None if values[0] is None else torch.cat(values)
+            if values[0] is None:
+                return None
+            return torch.cat(values).to(accumulation_dtype(values[0].dtype))
 
         variance, mean = gather(norms, "running_var"), gather(norms, "running_mean")
         assert variance is not None
