@@ -227,7 +227,7 @@ class RelativeLRP(_Explainer, Attribution):
             explanation = self._engine.explain(
                 tensors,
                 additional,
-                functools.partial(_start, target, batch, self.model),
+                functools.partial(_start, _at_hand(target), batch, self.model),
                 measure_delta=return_convergence_delta,
                 internal_batch_size=internal_batch_size,
             )
@@ -337,10 +337,11 @@ class LayerRelativeLRP(_Explainer, LayerAttribution):
             (*run_on, *additional), len(tensors), len(run_on[0]), wanted, key
         )
         groups = self._groups(captured.program.graph, captured.explained, attribute_to_layer_input)
+        target = _at_hand(target) if batch else _any_target
         explanation = self._engine.explain(
             run_on,
             additional,
-            functools.partial(_start, target if batch else _any_target, len(run_on[0]), self.model),
+            functools.partial(_start, target, len(run_on[0]), self.model),
             wanted,
             key,
             measure_delta=return_convergence_delta,
@@ -431,6 +432,11 @@ def _check_floating(tensors: Sequence[Tensor], model: nn.Module) -> None:
             )
 
 
+def _at_hand(target: Any) -> Any:
+    """The target where Python can read it: on a GPU that waits, later for the whole forward."""
+    return target.cpu() if isinstance(target, Tensor) else target
+
+
 def _start(
     target: Any, whole: int, model: nn.Module, output: Tensor, rows: slice
 ) -> tuple[Tensor, Tensor | None]:
@@ -509,7 +515,8 @@ def _choose(output: Tensor, target: Any, whole: int, rows: slice, name: str) -> 
         if flat and len(numbers) in (1, shape[0]):  # the usual case, in one call
             many = numbers * shape[0] if len(numbers) == 1 else numbers
             chosen = [i * shape[1] + n % shape[1] for i, n in enumerate(many)]
-            return torch.tensor(chosen, dtype=torch.int64, device=output.device)
+            # Without waiting for a GPU, which still runs the forward.
+            return torch.tensor(chosen, dtype=torch.int64).to(output.device, non_blocking=True)
     positions = torch.arange(output.numel(), device=output.device).view(shape)
     if isinstance(given, Tensor):
         given = given.to(positions.device)

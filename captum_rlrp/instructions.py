@@ -214,7 +214,7 @@ class BatchNorms:
     folded: tuple[FusedConvolution, ...]
 
     def __call__(self, run: Run) -> None:
-        """Leaves them in the run's scratch, where a batch norm's node finds both: float32 at least."""
+        """Leaves them in the run's scratch, in float32 at least, for their batch norms' nodes."""
         norms = [made.norm for made in self.folded if made.norm is not None]
 
         def gather(calls: Iterable[Call], name: str) -> Tensor | None:

@@ -42,7 +42,7 @@ RLRP_HD bool beats(A value, A best) {
 template <class T, int V>
 struct Winner {
   Pack<T, V> value;
-  int64_t number[V];
+  int32_t number[V];  // windows have fewer elements than 2^31
 };
 
 template <int V = 1, class T>
@@ -59,7 +59,7 @@ RLRP_HD Winner<T, V> winner(const Pooling& p, const T* x, int64_t step, int64_t 
         for (int v = 0; v < V; ++v) {
           if (!beats(widen(value.at[v]), widen(best.value.at[v]))) continue;
           best.value.at[v] = value.at[v];
-          best.number[v] = number;
+          best.number[v] = static_cast<int32_t>(number);
         }
       }
     }
