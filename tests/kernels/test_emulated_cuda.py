@@ -71,7 +71,7 @@ def run(command: list[str], **environment: str) -> str:
         (
             "tests/test_backends.py",
             "float64_reference and resnet18 and dtype0 or test_signals and 6-5-3",
-            6,
+            3,
         ),
     ],
     ids=["elementwise", "pooling", "models"],
