@@ -115,7 +115,7 @@ def copy_speed(device: str, dtype: torch.dtype) -> float:
     """Bytes a second, read and written, of a plain copy; the best of many."""
     source = torch.ones(COPIED // dtype.itemsize, dtype=dtype, device=device)
     target = torch.empty_like(source)
-    best = min(timed(lambda a, b: a.copy_(b), (target, source), device) for _ in range(10))
+    best = min(timed(lambda a, b: a.copy_(b), (target, source), device) for _ in range(50))
     return 2 * COPIED / best
 
 

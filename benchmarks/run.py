@@ -59,7 +59,7 @@ from contenders import (
     tiny_mlp,
 )
 
-from captum_rlrp import show_config
+from captum_rlrp import __version__, show_config
 
 ROOT = Path(__file__).resolve().parent.parent
 MEBIBYTE = 2**20
@@ -341,7 +341,8 @@ def circumstances(args: argparse.Namespace) -> dict[str, Any]:
     machine = f"{processor()}, {len(os.sched_getaffinity(0))} cores"
     if args.device == "cuda":
         machine = f"{torch.cuda.get_device_name()}, {machine}"
-    packages = ("torch", "torchvision", "captum", "zennit", "captum-rlrp")
+    packages = ("torch", "torchvision", "captum", "zennit")
+    versions = {**{name: version(name) for name in packages}, "captum-rlrp": __version__}
     script, arguments = Path(sys.argv[0]).name, shlex.join(sys.argv[1:])
     is_whole = script == "run.py" and not arguments
     return {
@@ -353,7 +354,7 @@ def circumstances(args: argparse.Namespace) -> dict[str, Any]:
         "size": args.size,
         "channels_last": args.channels_last,
         "backend": show_config()["backend"],
-        "versions": {name: version(name) for name in packages},
+        "versions": versions,
     }
 
 

@@ -11,6 +11,7 @@ report=${1:-gpu-report.txt}
 parts=$*
 failed=""
 : > "$report"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"  # what is tested, installed or not
 
 say() { echo "$@" | tee -a "$report"; }
 
@@ -34,8 +35,7 @@ part() {
 say "captum_rlrp on a GPU, $(date -u '+%Y-%m-%d %H:%M UTC'), commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
 part "device" nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
 if chosen build; then
-    part "build" env CAPTUM_RLRP_CUDA=1 MAX_JOBS="${MAX_JOBS:-4}" \
-        "$python" -m pip install --no-build-isolation --no-deps -e .
+    part "build" env CAPTUM_RLRP_CUDA=1 MAX_JOBS="${MAX_JOBS:-4}" "$python" setup.py build_ext --inplace
 fi
 part "configuration" "$python" -c \
     "from captum_rlrp.kernels import show_config
