@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,14 +19,13 @@ from typing import Any
 import report
 import torch
 from contenders import OURS, SUBJECTS, Explain, Inputs, contender
-from run import ROOT, circumstances, given_by, quiet, synchronize, timed
+from run import MEBIBYTE, ROOT, circumstances, given_by, quiet, synchronize, timed
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-MEBIBYTE = 2**20
 ROUNDS = 5
 COPIED = 512 * MEBIBYTE  # bytes read by the copy: beyond any cache
 
@@ -125,13 +123,7 @@ def break_down(name: str, args: argparse.Namespace) -> dict[str, Any]:
     inputs = SUBJECTS[name].inputs(args.batch, given)
     for _ in range(3):
         explain(*inputs)
-    synchronize(args.device)
-    whole = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        explain(*inputs)
-        synchronize(args.device)
-        whole.append(time.perf_counter() - start)
+    whole = [timed(explain, inputs, args.device) for _ in range(ROUNDS)]
     return {
         "model": name,
         "seconds": statistics.median(whole),

@@ -284,7 +284,9 @@ class ReluInPlace(_OneCall):
     """The same for ReLU; the operand is watched on the way."""
 
     def __call__(self, run: Run) -> Tensor:
-        return run.relu_(run.value(self.call.active[0]))
+        value: Tensor = run.value(self.call.active[0])
+        run.watch_sum(run.kernels.finish_(value, relu=True))
+        return value
 
 
 @dataclass(frozen=True, eq=False)

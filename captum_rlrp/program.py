@@ -495,11 +495,6 @@ class Run:
         """The same, where the sums of its parts are known."""
         self._watched.append(total)
 
-    def relu_(self, value: Tensor) -> Tensor:
-        """Overwrites a value with its ReLU, and watches it in the same pass."""
-        self.watch_sum(self.kernels.finish_(value, relu=True))
-        return value
-
     def watch_convolution(
         self,
         source: Node,

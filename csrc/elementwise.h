@@ -21,16 +21,6 @@ inline void check_writable(const char* op, const char* name, const Tensor& t) {
   }
 }
 
-inline void check_per_channel(const char* op, const char* name, const std::optional<Tensor>& value,
-                              const Tensor& y) {
-  if (!value) return;
-  RLRP_CHECK(same_device(*value, y), op, name, " must be on the device of y");
-  RLRP_CHECK(value->scalar_type() == mass_type(y.scalar_type()), op, name, " must have dtype ",
-             torch::headeronly::toString(mass_type(y.scalar_type())));
-  RLRP_CHECK(y.dim() >= 2 && value->dim() == 1 && value->size(0) == y.size(1), op, name,
-             " must have one element per channel");
-}
-
 // t and u with their factors: the one or two terms of a relevance.
 inline void check_terms(const char* op, const Tensor& t, const std::optional<Tensor>& t_factor,
                         const std::optional<Tensor>& u, const std::optional<Tensor>& u_factor) {
@@ -141,8 +131,8 @@ struct Elementwise {
                         bool relu) {
     check_first("finish_", "y", y);
     check_writable("finish_", "y", y);
-    check_per_channel("finish_", "scale", scale, y);
-    check_per_channel("finish_", "shift", shift, y);
+    check_factor("finish_", "scale", scale, y, 1);
+    check_factor("finish_", "shift", shift, y, 1);
     if (other) check_like("finish_", "other", *other, "y", y);
     // One number for each channel, wherever the element lies.
     const int64_t of_channels[kMaxAxes] = {0, 1};

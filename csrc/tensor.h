@@ -73,14 +73,15 @@ inline void check_like(const char* op, const char* name, const Tensor& t, const 
   RLRP_CHECK(!same_shape || same_sizes(t, model), op, name, " must have the shape of ", model_name);
 }
 
+// One number for each sample of t, or each channel.
 inline void check_factor(const char* op, const char* name, const std::optional<Tensor>& factor,
-                         const Tensor& t) {
+                         const Tensor& t, int64_t axis = 0) {
   if (!factor) return;
-  RLRP_CHECK(same_device(*factor, t), op, name, " must be on the device of its term");
+  RLRP_CHECK(same_device(*factor, t), op, name, " must be on the device of what it is applied to");
   RLRP_CHECK(factor->scalar_type() == mass_type(t.scalar_type()), op, name, " must have dtype ",
              torch::headeronly::toString(mass_type(t.scalar_type())));
-  RLRP_CHECK(factor->dim() == 1 && factor->size(0) == t.size(0), op, name,
-             " must have one element per sample");
+  RLRP_CHECK(axis < t.dim() && factor->dim() == 1 && factor->size(0) == t.size(axis), op, name,
+             " must have one element per ", axis == 0 ? "sample" : "channel");
 }
 
 inline int64_t bytes_of(ScalarType dtype) {

@@ -19,8 +19,6 @@ from torchvision import models
 from captum_rlrp import RelativeLRP
 from captum_rlrp.engine import Engine
 
-Backward = Callable[..., tuple[Tensor, ...]]
-
 
 class Recurrent(nn.Module):
     def __init__(self) -> None:

@@ -6,7 +6,6 @@
 #include <ucontext.h>
 
 #include <cstdint>
-#include <cstring>
 #include <functional>
 #include <memory>
 #include <mutex>
