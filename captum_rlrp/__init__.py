@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from .attribution import LayerRelativeLRP, RelativeLRP
+from .dataset.statistics import Comparison, RelevanceStatistics
 from .errors import (
     CaptureError,
     InputError,
@@ -13,7 +14,6 @@ from .errors import (
 )
 from .kernels import show_config
 from .rules import register_rule
-from .statistics import Comparison, RelevanceStatistics
 
 try:
     __version__ = version("captum-rlrp")

@@ -25,13 +25,13 @@ from captum.log import log_usage
 from torch import Tensor, nn
 from torch.fx import Node
 
-from .capture import CapturedGraph, check_eval_mode, unwrap
-from .engine import Captured, Engine
 from .errors import InputError
+from .graph.capture import CapturedGraph, check_eval_mode, unwrap
+from .graph.layers import layer_calls, leaf_calls, module_names
 from .kernels import get_backend, is_reference_forced
-from .layers import layer_calls, leaf_calls, module_names
-from .recording import Recordings
-from .sections import Section
+from .plan.sections import Section
+from .run.engine import Captured, Engine
+from .run.recording import Recordings
 
 Backend = Literal["auto", "compiled", "reference"]
 ModuleOrModules = nn.Module | Sequence[nn.Module] | None

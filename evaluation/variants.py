@@ -18,16 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from captum_rlrp import RelativeLRP
-from captum_rlrp.capture import unwrap
-from captum_rlrp.engine import Engine
+from captum_rlrp.graph.capture import unwrap
 from captum_rlrp.kernels import get_backend
-from captum_rlrp.program import Run
+from captum_rlrp.plan.sections import Plan, Section, Single, Step
 from captum_rlrp.rules import Call, Relevance, Rule
 from captum_rlrp.rules.attention import MatrixProduct, _Operand
 from captum_rlrp.rules.normalization import BatchNorm
 from captum_rlrp.rules.section import Links
 from captum_rlrp.rules.skip import Shift, Sum
-from captum_rlrp.sections import Plan, Section, Single, Step
+from captum_rlrp.run.engine import Engine
+from captum_rlrp.run.program import Run
 
 Node = torch.fx.Node
 Explain = Callable[[Any, Any], Any]  # inputs (or a tuple of them), target → attributions

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-from captum_rlrp import engine
-from captum_rlrp.capture import CapturedGraph, capture
+from captum_rlrp.graph.capture import CapturedGraph, capture
+from captum_rlrp.run import engine
 
 settings.register_profile(
     "captum_rlrp",

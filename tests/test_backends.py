@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
-from captum_rlrp import LayerRelativeLRP, NonFiniteError, RelativeLRP, instructions, program
+from captum_rlrp import LayerRelativeLRP, NonFiniteError, RelativeLRP
 from captum_rlrp.kernels import compiled, extension
+from captum_rlrp.plan import instructions
+from captum_rlrp.run import program
 
 # Relative to the reference in float64, as a share of Σ|R|.
 TOLERANCE = {

@@ -21,7 +21,8 @@ from captum.attr._utils.attribution import Attribution
 from captum.metrics import infidelity, sensitivity_max
 from torch import Tensor, nn
 
-from captum_rlrp import LayerRelativeLRP, RelativeLRP, RelativeLRPError, engine
+from captum_rlrp import LayerRelativeLRP, RelativeLRP, RelativeLRPError
+from captum_rlrp.run import engine
 from tests.oracle import Value, explain, frozen, randomise_norms, relative_error
 
 matplotlib.use("Agg")

@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torchvision import models
 
 from captum_rlrp import RelativeLRP
-from captum_rlrp.engine import Engine
+from captum_rlrp.run.engine import Engine
 
 
 class Recurrent(nn.Module):

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
-from captum_rlrp import LayerRelativeLRP, RelativeLRP, engine
+from captum_rlrp import LayerRelativeLRP, RelativeLRP
 from captum_rlrp.errors import CaptureError
-from captum_rlrp.portions import divide, find_portion
-from captum_rlrp.program import Run
+from captum_rlrp.plan.portions import divide, find_portion
+from captum_rlrp.run import engine
+from captum_rlrp.run.program import Run
 from tests.oracle import randomise_norms, relative_error
 from tests.random_graphs import random_graph
 from tests.test_torchvision import convnext, densenet, swin, vit

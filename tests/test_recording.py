@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from captum_rlrp import RelativeLRP
 from captum_rlrp.errors import NonFiniteError
-from captum_rlrp.recording import Recordings
+from captum_rlrp.run.recording import Recordings
 
 
 class FakeTape:

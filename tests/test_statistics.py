@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from captum_rlrp import InputError, LayerRelativeLRP, RelativeLRP, RelevanceStatistics
-from captum_rlrp.flow import carried_by
-from captum_rlrp.significance import benjamini_hochberg, holm, two_sided_p
+from captum_rlrp.dataset.flow import carried_by
+from captum_rlrp.dataset.significance import benjamini_hochberg, holm, two_sided_p
 from tests.oracle import randomise_norms
 
 matplotlib.use("Agg")

@@ -15,7 +15,7 @@ from torchvision.models.maxvit import MaxVit
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
 from captum_rlrp import RelativeLRP
-from captum_rlrp.capture import CapturedGraph
+from captum_rlrp.graph.capture import CapturedGraph
 from tests.oracle import randomise_norms
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,7 +15,7 @@ from .base import Call, LinearRule, Relevance, Rule
 from .section import relative
 
 if TYPE_CHECKING:
-    from ..program import Run
+    from ..run.program import Run
 
 aten = torch.ops.aten
 

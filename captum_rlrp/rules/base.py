@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 if TYPE_CHECKING:
-    from ..program import Run
+    from ..run.program import Run
 
 
 Part = tuple[slice, ...]

@@ -13,7 +13,7 @@ from .base import Call, LinearRule, Relevance, Rule, sum_to
 from .passthrough import PassThrough
 
 if TYPE_CHECKING:
-    from ..program import Run
+    from ..run.program import Run
 
 
 class Maximum(Rule):

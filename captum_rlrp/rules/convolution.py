@@ -14,7 +14,7 @@ from .attention import PRODUCT
 from .base import Call, LinearRule, Part, Rule, adjoint
 
 if TYPE_CHECKING:
-    from ..program import Run
+    from ..run.program import Run
 
 
 class Convolution(LinearRule):

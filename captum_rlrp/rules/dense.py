@@ -11,7 +11,7 @@ from .attention import PRODUCT
 from .base import Call, LinearRule, Rule, adjoint
 
 if TYPE_CHECKING:
-    from ..program import Run
+    from ..run.program import Run
 
 
 class Matmul(LinearRule):

@@ -10,7 +10,7 @@ from torch.fx import Node
 from .base import Call, LinearRule, Rule
 
 if TYPE_CHECKING:
-    from ..program import Run
+    from ..run.program import Run
 
 
 class BatchNorm(LinearRule):

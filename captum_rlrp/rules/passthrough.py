@@ -9,7 +9,7 @@ from torch.fx import Node
 from .base import Call, Relevance, Rule, sum_to
 
 if TYPE_CHECKING:
-    from ..program import Run
+    from ..run.program import Run
 
 
 class PassThrough(Rule):

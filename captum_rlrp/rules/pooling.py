@@ -11,7 +11,7 @@ from torch.fx import Node
 from .base import Call, LinearRule, Relevance, Rule
 
 if TYPE_CHECKING:
-    from ..program import Run
+    from ..run.program import Run
 
 
 def per_axis(value: Any, axes: int) -> list[int]:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..layout import expression
+from ..graph.layout import expression
 from .base import Call, LinearRule, Relevance, Rule, sum_to
 from .passthrough import PassThrough
 
 if TYPE_CHECKING:
-    from ..program import Run
+    from ..run.program import Run
 
 _EXPANSIONS = {torch.ops.aten.expand, torch.ops.aten.expand_as, torch.ops.aten.broadcast_to}
 

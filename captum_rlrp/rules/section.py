@@ -18,7 +18,7 @@ from torch.fx import Node
 from .base import Call, LinearRule, Relevance
 
 if TYPE_CHECKING:
-    from ..program import Run
+    from ..run.program import Run
 
 Links = Sequence[tuple[LinearRule, Call]]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from .base import Call, LinearRule, Rule
 
 if TYPE_CHECKING:
-    from ..program import Run
+    from ..run.program import Run
 
 
 class Move(LinearRule):

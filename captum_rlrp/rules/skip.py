@@ -10,7 +10,7 @@ from torch.fx import Node
 from .base import Call, LinearRule, Relevance, Rule, sum_to
 
 if TYPE_CHECKING:
-    from ..program import Run
+    from ..run.program import Run
 
 
 class Sum(Rule):

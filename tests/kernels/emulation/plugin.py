@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from captum_rlrp import instructions
 from captum_rlrp.kernels import compiled, convolution, extension, onednn
+from captum_rlrp.plan import instructions
 
 SOURCES = Path(__file__).parents[3] / "csrc" / "cuda"
 

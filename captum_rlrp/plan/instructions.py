@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .kernels import convolution, onednn
-from .kernels.convolution import Filters
-from .kernels.reference import accumulation_dtype
+from ..kernels import convolution, onednn
+from ..kernels.convolution import Filters
+from ..kernels.reference import accumulation_dtype
+from ..rules import Call, Part, Relevance
+from ..rules.convolution import Convolution, part_read
+from ..rules.normalization import batch_norm_scale, per_channel
+from ..rules.pooling import MaxPool
+from ..rules.skip import Sum
 from .portions import LARGE
-from .rules import Call, Part, Relevance
-from .rules.convolution import Convolution, part_read
-from .rules.normalization import batch_norm_scale, per_channel
-from .rules.pooling import MaxPool
-from .rules.skip import Sum
 
 if TYPE_CHECKING:
-    from .program import Like, Run
+    from ..run.program import Like, Run
 
 aten = torch.ops.aten
 

@@ -10,20 +10,20 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
-from .capture import CapturedGraph, bind, dependents, place_of, reads_values
-from .errors import CaptureError, InputError, UnsupportedOperationError
-from .layout import WHOLE, Layout, infer
-from .rules import Call, LinearRule, Relevance, Rule, find_rule, reshapes
-from .rules.section import Links, relative
+from ..errors import CaptureError, InputError, UnsupportedOperationError
+from ..graph.active import active_values, is_root, nodes_of, source_call
+from ..graph.capture import CapturedGraph, bind, place_of, reads_values
+from ..graph.layout import WHOLE, Layout, infer
+from ..rules import Call, LinearRule, Relevance, Rule, find_rule, reshapes
+from ..rules.section import Links, relative
 
 if TYPE_CHECKING:
-    from .program import Run
+    from ..run.program import Run
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,63 +139,20 @@ def plan(graph: CapturedGraph, explained: Sequence[Node], taps: Collection[Node]
         for rule, call in step.links
     ]
     kept |= {node for node in inner if node in taps}
-    roots = tuple(n for n in graph.nodes if n in active and _is_root(n, active))
+    roots = tuple(n for n in graph.nodes if n in active and is_root(n, active))
     return Plan(tuple(steps), layouts, roots, kept)
-
-
-def active_values(graph: CapturedGraph, explained: Collection[Node]) -> set[Node]:
-    """The values that relevance may reach: those that depend on the explained inputs smoothly.
-
-    What depends on them by comparisons or integers only (a mask) counts as a constant. An embedding
-    of integer inputs is active, though no gradient would reach the integers.
-    """
-    discrete = dependents(graph.nodes, [n for n in explained if not _is_number(n)])
-    depends = dependents(graph.nodes, explained)
-    active = {node for node in explained if _is_number(node)}
-    for node in graph.nodes:
-        node.meta["depends"] = node in depends
-        if node.op != "call_function" or not reads_values(node) or not _is_number(node):
-            continue
-        operands = _source(node).all_input_nodes
-        if any(n in active for n in operands) or any(n in discrete for n in operands):
-            active.add(node)
-    return active
-
-
-def _is_number(node: Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
-
-
-def _source(node: Node) -> Node:
-    """The call behind a node, which may be one item of what the call returns."""
-    source = node.args[0] if node.target is operator.getitem else node
-    assert isinstance(source, Node)
-    return source
-
-
-def _is_root(node: Node, active: Collection[Node]) -> bool:
-    return node.op == "placeholder" or not any(n in active for n in _source(node).all_input_nodes)
 
 
 def make_call(node: Node, active: Collection[Node]) -> Call:
     """The call that yields a node's value, seen through the choice of its first item."""
-    source = _source(node)
+    source = source_call(node)
     item = None if source is node else int(node.args[1])  # type: ignore[arg-type]
     if isinstance(source.target, torch._ops.OpOverload):
         args = bind(source)
     else:
         args = {str(i): value for i, value in enumerate(source.args)}
-    operands = [n for value in args.values() for n in _flat(value) if n in active]
+    operands = [n for value in args.values() for n in nodes_of(value) if n in active]
     return Call(node, source.target, args, tuple(operands), item)
-
-
-def _flat(value: Any) -> list[Node]:
-    if isinstance(value, Node):
-        return [value]
-    if isinstance(value, (list, tuple)):
-        return [node for item in value for node in _flat(item)]
-    return []
 
 
 def _carrying_calls(graph: CapturedGraph, active: set[Node]) -> dict[Node, tuple[Rule, Call]]:
@@ -204,7 +161,7 @@ def _carrying_calls(graph: CapturedGraph, active: set[Node]) -> dict[Node, tuple
     found: dict[Node, tuple[Rule, Call]] = {}
     missing: list[Node] = []
     for node in reversed(graph.nodes):
-        if node not in reached or node not in active or _is_root(node, active):
+        if node not in reached or node not in active or is_root(node, active):
             continue
         call = make_call(node, active)
         rule = find_rule(call) if call.active and call.item in (None, 0) else None
@@ -222,7 +179,7 @@ def _carrying_calls(graph: CapturedGraph, active: set[Node]) -> dict[Node, tuple
 def _describe(missing: list[Node]) -> str:
     lines = []
     for node in reversed(missing):
-        lines.append(f"  {_source(node).target} in {place_of(node)}")
+        lines.append(f"  {source_call(node).target} in {place_of(node)}")
     what = "operation has" if len(lines) == 1 else "operations have"
     return (
         f"{len(lines)} {what} no rule, so relevance cannot be propagated through:\n"
@@ -269,7 +226,7 @@ def _infer_layout(
         return WHOLE
     sources = [
         (source.meta["val"].shape, layouts[source])
-        for source in _source(node).all_input_nodes
+        for source in source_call(node).all_input_nodes
         if source in layouts
     ]
     return infer(node.meta["val"].shape, graph.batch, sources, reshapes(node.target))
@@ -279,7 +236,7 @@ def _steps(graph: CapturedGraph, calls: dict[Node, tuple[Rule, Call]]) -> list[S
     consumers: Counter[Node] = Counter([graph.output])
     for node in graph.nodes:
         if node.target is not operator.getitem and reads_values(node):
-            consumers.update(n for a in (*node.args, *node.kwargs.values()) for n in _flat(a))
+            consumers.update(n for a in (*node.args, *node.kwargs.values()) for n in nodes_of(a))
 
     steps: list[Step] = []
     open_chains: dict[Node, list[tuple[LinearRule, Call]]] = {}

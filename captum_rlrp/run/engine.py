@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from .capture import CAPTURING, CapturedGraph, capture, check_eval_mode, flatten_arguments
-from .errors import CaptureError, InputError, NonFiniteError
-from .fusion import fuse
-from .portions import divide, find_portion
+from ..errors import CaptureError, InputError, NonFiniteError
+from ..graph.capture import CAPTURING, CapturedGraph, capture, check_eval_mode, flatten_arguments
+from ..plan.fusion import fuse
+from ..plan.portions import divide, find_portion
+from ..plan.sections import Plan, plan
 from .program import Program, find_non_finite
 from .recording import Recordings, Task
-from .sections import Plan, plan
 
 _CACHED_PROGRAMS = 32
 

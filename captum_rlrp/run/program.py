@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .capture import CapturedGraph, place_of, unshared
-from .errors import NonFiniteError
-from .instructions import Instruction, ReluInPlace, batch_norms
-from .kernels.reference import same_layout
-from .layout import Layout, memory_format
-from .rules import Call, Part, Relevance
-from .rules.passthrough import PassThrough
-from .rules.skip import Sum
-from .sections import Plan, Single
+from ..errors import NonFiniteError
+from ..graph.capture import CapturedGraph, place_of, unshared
+from ..graph.layout import Layout, memory_format
+from ..kernels.reference import same_layout
+from ..plan.instructions import Instruction, ReluInPlace, batch_norms
+from ..plan.sections import Plan, Single
+from ..rules import Call, Part, Relevance
+from ..rules.passthrough import PassThrough
+from ..rules.skip import Sum
 
 
 class Like(NamedTuple):

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from .attribution import Backend, _check_inputs, _start
-from .capture import CapturedGraph, unwrap
-from .engine import Captured, Engine
-from .errors import InputError
+from ..attribution import Backend, _check_inputs, _start
+from ..errors import InputError
+from ..graph.capture import CapturedGraph, unwrap
+from ..graph.layers import layer_calls, leaf_calls, module_names
+from ..kernels import get_backend, is_reference_forced
+from ..plan.sections import Plan, Section
+from ..run.engine import Captured, Engine
 from .flow import draw_flow
-from .kernels import get_backend, is_reference_forced
-from .layers import layer_calls, leaf_calls, module_names
-from .sections import Plan, Section
 from .significance import benjamini_hochberg, holm, two_sided_p
 
 UnitDim = int | None

@@ -26,7 +26,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from .errors import CaptureError, InputError, TrainingModeError
+from ..errors import CaptureError, InputError, TrainingModeError
 
 aten = torch.ops.aten
 

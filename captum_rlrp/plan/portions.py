@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from torch import SymInt, Tensor
 from torch.fx import Node
 
-from .capture import CapturedGraph, bind
-from .layout import Layout, expression
+from ..graph.capture import CapturedGraph, bind
+from ..graph.layout import Layout, expression
 
 LARGE = 2**25  # bytes: more than that, glibc takes from the system anew each time
 _FEWEST = 4  # samples that are worth the calls

@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .capture import CapturedGraph, bind, reads_values
+from ..graph.capture import CapturedGraph, bind, reads_values
+from ..kernels import convolution, onednn
+from ..kernels.reference import ints
+from ..rules import Call, LinearRule
+from ..rules.convolution import Convolution
+from ..rules.join import Extension, Join
+from ..rules.normalization import BatchNorm
+from ..rules.passthrough import PassThrough
+from ..rules.pooling import MaxPool
+from ..rules.shape import Move
+from ..rules.skip import Sum
 from .instructions import (
     FoldedConvolution,
     FusedConvolution,
@@ -27,16 +37,6 @@ from .instructions import (
     RestoredSum,
     WinnersPool,
 )
-from .kernels import convolution, onednn
-from .kernels.reference import ints
-from .rules import Call, LinearRule
-from .rules.convolution import Convolution
-from .rules.join import Extension, Join
-from .rules.normalization import BatchNorm
-from .rules.passthrough import PassThrough
-from .rules.pooling import MaxPool
-from .rules.shape import Move
-from .rules.skip import Sum
 from .sections import Plan, Section, Single, Step
 
 aten = torch.ops.aten

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from torch import nn
 from torch.fx import Node
 
+from ..errors import InputError
+from .active import active_values
 from .capture import CapturedGraph, reads_values
-from .errors import InputError
-from .sections import active_values
 
 
 def module_names(model: nn.Module, module: nn.Module) -> list[str]:

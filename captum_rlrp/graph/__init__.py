@@ -1,0 +1,1 @@
+"""Model and arguments to a static graph; knows neither rules nor relevance."""

@@ -1,0 +1,58 @@
+"""Which values of a captured graph depend on the explained inputs: relevance may reach those."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Node
+
+from .capture import CapturedGraph, dependents, reads_values
+
+
+def active_values(graph: CapturedGraph, explained: Collection[Node]) -> set[Node]:
+    """The values that relevance may reach: those that depend on the explained inputs smoothly.
+
+    What depends on them by comparisons or integers only (a mask) counts as a constant. An embedding
+    of integer inputs is active, though no gradient would reach the integers.
+    """
+    discrete = dependents(graph.nodes, [n for n in explained if not _is_number(n)])
+    depends = dependents(graph.nodes, explained)
+    active = {node for node in explained if _is_number(node)}
+    for node in graph.nodes:
+        node.meta["depends"] = node in depends
+        if node.op != "call_function" or not reads_values(node) or not _is_number(node):
+            continue
+        operands = source_call(node).all_input_nodes
+        if any(n in active for n in operands) or any(n in discrete for n in operands):
+            active.add(node)
+    return active
+
+
+def _is_number(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def source_call(node: Node) -> Node:
+    """The call behind a node, which may be one item of what the call returns."""
+    source = node.args[0] if node.target is operator.getitem else node
+    assert isinstance(source, Node)
+    return source
+
+
+def is_root(node: Node, active: Collection[Node]) -> bool:
+    return node.op == "placeholder" or not any(
+        n in active for n in source_call(node).all_input_nodes
+    )
+
+
+def nodes_of(value: Any) -> list[Node]:
+    """All nodes in a nested argument."""
+    if isinstance(value, Node):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [node for item in value for node in nodes_of(item)]
+    return []

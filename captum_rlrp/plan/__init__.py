@@ -1,0 +1,1 @@
+"""Graph and rules to steps, and what the forward fuses."""

@@ -1,0 +1,1 @@
+"""Steps to one forward and one pass of relevance back."""
