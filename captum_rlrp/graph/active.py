@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from .capture import CapturedGraph, dependents, reads_values
+from .captured import CapturedGraph
+from .nodes import dependents, reads_values
 
 
 def active_values(graph: CapturedGraph, explained: Collection[Node]) -> set[Node]:
@@ -44,6 +45,7 @@ def source_call(node: Node) -> Node:
 
 
 def is_root(node: Node, active: Collection[Node]) -> bool:
+    """Whether relevance ends at a value: it is made of nothing that is active."""
     return node.op == "placeholder" or not any(
         n in active for n in source_call(node).all_input_nodes
     )

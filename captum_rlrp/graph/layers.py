@@ -9,7 +9,8 @@ from torch.fx import Node
 
 from ..errors import InputError
 from .active import active_values
-from .capture import CapturedGraph, reads_values
+from .captured import CapturedGraph
+from .nodes import reads_values
 
 
 def module_names(model: nn.Module, module: nn.Module) -> list[str]:

@@ -57,6 +57,7 @@ for _n in (1, 2, 3):
 _add(Reduction(), "mean sum")
 _add(Linear("input"), "grid_sampler grid_sampler_2d grid_sampler_3d")
 _add(Linear("self"), "max_unpool2d max_unpool3d")
+_add(Linear("src"), "scatter_add")
 _add(Linear(), "cumsum tril triu col2im fold trapezoid diff")
 _add(
     Interpolate(nearest=False),

@@ -9,25 +9,37 @@ import contextlib
 import functools
 import math
 import threading
-import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, ItemsView, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 from ..errors import CaptureError, InputError, NonFiniteError
-from ..graph.capture import CAPTURING, CapturedGraph, capture, check_eval_mode, flatten_arguments
+from ..graph.capture import (
+    CAPTURING,
+    CapturedGraph,
+    capture,
+    carries_batch,
+    check_eval_mode,
+    flatten_arguments,
+)
+from ..graph.fingerprint import Fingerprint
+from ..graph.form import PLAIN, Form
+from ..graph.mixing import check_apart
 from ..plan.fusion import fuse
 from ..plan.portions import divide, find_portion
 from ..plan.sections import Plan, plan
+from .arguments import Batched, device_of, guesses, signature, take
 from .program import Program, find_non_finite
 from .recording import Recordings, Task
+from .trial import Trial
 
 _CACHED_PROGRAMS = 32
 
@@ -35,27 +47,6 @@ _CACHED_PROGRAMS = 32
 Start = tuple[Tensor, Tensor | None]
 StartFunction = Callable[[Tensor, slice], Start]
 WantedFunction = Callable[[CapturedGraph, Sequence[Node]], list[Node]]
-
-
-class Remembered(NamedTuple):
-    """A module at the capture: what the program took from it, apart from parameters."""
-
-    module: weakref.ref[nn.Module]
-    kind: type
-    training: bool
-    children: list[int]
-    settings: ItemsView[str, Any]
-
-    def is_as_it_was(self) -> bool:
-        """Whether nothing has changed since."""
-        module = self.module()  # another may have the id of one that is gone
-        return (
-            module is not None
-            and type(module) is self.kind
-            and module.training is self.training
-            and [*map(id, module._modules.values())] == self.children
-            and self.settings <= module.__dict__.items()
-        )
 
 
 @dataclass(frozen=True)
@@ -66,8 +57,14 @@ class Captured:
     explained: tuple[Node, ...]
     wanted: tuple[Node, ...]
     parameters: tuple[tuple[str, Node, torch.Size, torch.dtype, torch.device], ...]
-    modules: tuple[Remembered, ...]
+    fingerprint: Fingerprint
     portion: int | None
+    batched: Batched
+    only: int | None  # the one batch size it was checked for
+
+    def admits(self, batch: int) -> bool:
+        """Whether it holds for a batch of this size."""
+        return self.only in (None, batch) and self.program.graph.admits(batch)
 
     @property
     def per_sample(self) -> bool:
@@ -76,7 +73,7 @@ class Captured:
 
     def bind(self, model: nn.Module) -> dict[Node, Tensor] | None:
         """The parameters as they are now; None where they do not fit the program any more."""
-        if not all(module.is_as_it_was() for module in self.modules):
+        if not self.fingerprint.fits(model):
             return None
         values = {}
         try:
@@ -107,6 +104,8 @@ class Engine:
         layers: Names of the modules whose outputs are asked for; None stands for all leaves.
         revise: Puts other steps in place of the plan's; for ablations of the method, unfused.
         recordings: CUDA graphs to replay where there are any; None does without.
+        form: How the model is called, and which output counts.
+        allow_random: Whether random numbers that forward draws count as constants.
     """
 
     def __init__(
@@ -117,12 +116,16 @@ class Engine:
         layers: Sequence[str] | None = (),
         revise: Callable[[Plan], Plan] | None = None,
         recordings: Recordings | None = None,
+        form: Form = PLAIN,
+        allow_random: bool = False,
     ) -> None:
         self.model = model
         self.layers = layers
         self.fuses = fuses and revise is None
         self.revise = revise
         self.recordings = recordings
+        self.form = form
+        self.allow_random = allow_random
         self.kernels = kernels
         self._memory = kernels.working_memory()
         self._cache: OrderedDict[Hashable, Captured] = OrderedDict()
@@ -137,6 +140,7 @@ class Engine:
         key: Hashable = None,
         measure_delta: bool = False,
         internal_batch_size: int | None = None,
+        form: Form | None = None,
     ) -> Explanation:
         """Explains a batch.
 
@@ -150,24 +154,31 @@ class Engine:
             measure_delta: Whether to measure the violation of the local law.
             internal_batch_size: Samples that go through at a time; by default all of them, or as
                 many as are fast on a CPU.
+            form: How the model is called, if not as ever.
         """
+        form = form or self.form
         args = (*inputs, *additional)
         batch = len(inputs[0])
-        captured, parameters = self._bound(args, len(inputs), batch, wanted, key)
+        captured, parameters = self._bound(args, len(inputs), batch, wanted, key, form)
         size, portion = internal_batch_size or batch, captured.portion or batch
         if captured.per_sample:
             size = 1
-        elif internal_batch_size is None and portion < batch and not _carry(additional, batch):
+        elif internal_batch_size is None and portion < batch:
             size = divide(batch, portion)
         parts = []
         with self._memory:
             for first in range(0, batch, size):
                 rows = slice(first, min(first + size, batch))
-                some = args if size >= batch else _take(args, rows, batch)
+                some = args
+                if size < batch:
+                    pairs = zip(args, captured.batched, strict=True)
+                    some = tuple(take(arg, rows, batched) for arg, batched in pairs)
                 if size < batch and captured.program.graph.guards:  # forward may take another way
                     begin = functools.partial(_start_within, start, rows.start)
                     few, rest = some[: len(inputs)], some[len(inputs) :]
-                    parts.append(self.explain(few, rest, begin, wanted, key, measure_delta))
+                    parts.append(
+                        self.explain(few, rest, begin, wanted, key, measure_delta, None, form)
+                    )
                 else:
                     parts.append(self._run(captured, parameters, some, rows, start, measure_delta))
         if len(parts) == 1:
@@ -187,9 +198,10 @@ class Engine:
         batch: int,
         wanted: WantedFunction | None = None,
         key: Hashable = None,
+        form: Form | None = None,
     ) -> Captured:
         """The program for arguments like these, captured if it is not at hand."""
-        return self._bound(args, explained, batch, wanted, key)[0]
+        return self._bound(args, explained, batch, wanted, key, form or self.form)[0]
 
     def _bound(
         self,
@@ -198,23 +210,25 @@ class Engine:
         batch: int,
         wanted: WantedFunction | None,
         key: Hashable,
+        form: Form,
     ) -> tuple[Captured, dict[Node, Tensor]]:
         """The program and the model's parameters."""
-        signature: Hashable = (key, explained, _signature(args, batch))
+        autocast = torch.is_autocast_enabled(device_of(args))
+        name: Hashable = (key, explained, form, autocast, signature(list(args), batch))
         with self._lock:
-            found = self._cache.get(signature)
-            if found is not None and not found.program.graph.admits(batch):
-                signature = (signature, batch)
-                found = self._cache.get(signature)
+            found = self._cache.get(name)
+            if found is not None and not found.admits(batch):
+                name = (name, batch)
+                found = self._cache.get(name)
             if found is not None:
-                self._cache.move_to_end(signature)
+                self._cache.move_to_end(name)
         parameters = found.bind(self.model) if found is not None else None
         if found is not None and parameters is not None:
             return found, parameters
         with CAPTURING:
-            made = self._capture(args, explained, batch, wanted)
+            made = self._capture(args, explained, batch, wanted, form)
         with self._lock:
-            self._cache[signature] = made
+            self._cache[name] = made
             while len(self._cache) > _CACHED_PROGRAMS:
                 self._cache.popitem(last=False)
         parameters = made.bind(self.model)
@@ -226,45 +240,118 @@ class Engine:
         return made, parameters
 
     def _capture(
-        self, args: Sequence[Any], explained: int, batch: int, wanted: WantedFunction | None
+        self,
+        args: Sequence[Any],
+        explained: int,
+        batch: int,
+        wanted: WantedFunction | None,
+        form: Form,
     ) -> Captured:
         check_eval_mode(self.model)
+        trial = Trial(self.model, form, args)
+        if batch > 1 and trial.output.shape[:1] == (1,):
+            raise InputError(
+                f"{type(self.model).__name__} returns shape {tuple(trial.output.shape)} for a "
+                f"batch of {batch}; an explanation needs one row of scores per sample."
+            )
+        graph, batched = self._graph(trial, explained, batch, form)
         try:
-            graph = capture(self.model, args, batch, self._layers())
-        except CaptureError as error:
-            graph = self._capture_single(args, batch, error)
-        if graph.batch is None:
-            graph = self._capture_single(args, batch, None)
-        elif not graph.admits(batch):  # traced with two samples, where forward takes another way
-            only_one = sympy.Eq(sympy.Symbol("batch"), batch)
-            graph = replace(capture(self.model, args, None, self._layers()), guards=(only_one,))
-        nodes = graph.inputs[:explained]
-        taps = wanted(graph, nodes) if wanted else list(nodes)
-        made = plan(graph, nodes, taps)
-        if self.revise is not None:
-            made = self.revise(made)
+            made, taps = self._planned(graph, explained, wanted, batch)
+        except CaptureError:
+            if batch > 1 or graph.batch is None:
+                raise
+            # A model that cuts its batch of one still explains that one.
+            graph = self._only(args, batch, form)
+            made, taps = self._planned(graph, explained, wanted, batch)
         instructions = None
         if self.fuses:
             made, instructions = fuse(graph, made, taps)
-        program = Program(graph, made, self.kernels, taps, instructions)
+        reachable = [tap for tap in taps if tap in made.layouts]
+        program = Program(graph, made, self.kernels, reachable, instructions)
         parameters = tuple(
             (name, node, value.shape, value.dtype, value.device)
             for node, name in graph.parameters.items()
             for value in (_attribute(self.model, name),)
         )
-        modules = tuple(map(_remember, self.model.modules()))
-        divides = self.fuses and _device(args) == "cpu"
+        divides = self.fuses and device_of(args) == "cpu"
         portion = find_portion(graph, made.layouts) if divides else None
-        return Captured(program, tuple(nodes), tuple(taps), parameters, modules, portion)
+        captured = Captured(
+            program, graph.inputs[:explained], tuple(taps), parameters,
+            Fingerprint(self.model, trial.root.model), portion, tuple(batched),
+            batch if batch == 1 or batched != carries_batch(args, batch) else None,
+        )  # fmt: skip
+        self._compare(trial, captured, batch)
+        return captured
 
-    def _capture_single(
-        self, args: Sequence[Any], batch: int, error: CaptureError | None
+    def _graph(
+        self, trial: Trial, explained: int, batch: int, form: Form
+    ) -> tuple[CapturedGraph, Batched]:
+        """The graph, and which arguments belong to the samples, of which none sees another."""
+        args = trial.args
+        likely, *others = guesses(args, batch, explained)
+        checks = batch > 1 and not self.allow_random and any(tree_leaves(likely[:explained]))
+        apart = [b for b in (likely, *others) if not checks or trial.tells_apart(batch, b)]
+        failed: CaptureError | None = None
+        for batched in apart or [likely]:
+            try:
+                graph = self._traced(args, batch, form, batched)
+            except CaptureError as error:
+                failed = failed or error
+                continue
+            if graph.batch is None:
+                continue
+            # A forward that asks how many samples there are cannot be asked about one of them.
+            if not apart and not (graph.guards and trial.tells_apart(batch, batched, True)):
+                break
+            if not graph.admits(batch):  # traced with two samples, which go another way
+                return self._only(args, batch, form), batched
+            return graph, batched
+        if apart:
+            return self._single(args, batch, apart[0], form, failed), apart[0]
+        if failed is not None and not trial.is_random():
+            failed = None
+        raise failed or CaptureError(
+            f"{type(self.model).__name__} mixes the samples of a batch: the first or the last of "
+            f"the {batch} comes out otherwise by itself, so there is no explanation per sample. "
+            "Something in forward runs along dimension 0 (a softmax, a sort, a mean over the "
+            "batch) or depends on the number of samples. Explain them one by one, or rewrite it."
+        )
+
+    def _planned(
+        self, graph: CapturedGraph, explained: int, wanted: WantedFunction | None, batch: int
+    ) -> tuple[Plan, list[Node]]:
+        nodes = graph.inputs[:explained]
+        taps = list(wanted(graph, nodes) if wanted else nodes)
+        used = set(graph.nodes)
+        made = plan(graph, nodes, [tap for tap in taps if tap in used])
+        check_apart(graph, made.layouts)
+        return (made if self.revise is None else self.revise(made)), taps
+
+    def _traced(
+        self, args: Sequence[Any], batch: int | None, form: Form, batched: Batched | None = None
+    ) -> CapturedGraph:
+        layers = self._layers()
+        return capture(self.model, args, batch, layers, form, batched, self.allow_random)
+
+    def _only(self, args: Sequence[Any], batch: int, form: Form) -> CapturedGraph:
+        """The graph for a batch of exactly this size, seen as one sample."""
+        only = sympy.Eq(sympy.Symbol("batch"), batch)
+        return replace(self._traced(args, None, form), guards=(only,))
+
+    def _single(
+        self,
+        args: Sequence[Any],
+        batch: int,
+        batched: Batched,
+        form: Form,
+        error: CaptureError | None,
     ) -> CapturedGraph:
         """The model fixes its batch size: it may still run on one sample at a time."""
+        one = [take(arg, slice(0, 1), b) for arg, b in zip(args, batched, strict=True)]
         try:
-            return capture(self.model, _take(args, slice(0, 1), batch), None, self._layers())
-        except CaptureError as second:
-            self._check_runs(args)
+            Trial(self.model, form, one)  # fills what the model caches for this size
+            return self._traced(one, None, form)
+        except (CaptureError, InputError) as second:
             if error is not None:
                 raise error from None
             raise CaptureError(
@@ -277,17 +364,16 @@ class Engine:
             return [m for m in self.model.modules() if not any(True for _ in m.children())]
         return [self.model.get_submodule(name) for name in self.layers]
 
-    def _check_runs(self, args: Sequence[Any]) -> None:
-        """Where the model itself fails on the arguments, that is the error to show."""
-        try:
-            with torch.no_grad():
-                self.model(*args)
-        except Exception as error:
-            shapes = ", ".join(str(tuple(a.shape)) for a in args if isinstance(a, Tensor))
-            raise InputError(
-                f"{type(self.model).__name__} fails on these arguments (shapes {shapes}), "
-                f"with or without an explanation: {type(error).__name__}: {error}"
-            ) from error
+    def _compare(self, trial: Trial, captured: Captured, batch: int) -> None:
+        """Whether the graph computes what the model does."""
+        if self.allow_random or (captured.per_sample and batch > 1):
+            return
+        parameters = captured.bind(self.model)
+        if parameters is None:
+            return
+        with torch.no_grad(), no_autocast(trial.args), self._memory:
+            values = self._values(captured, parameters, trial.args)
+            trial.check(captured.program.forward(values).output)
 
     # ---- run ----------------------------------------------------------------------------------
 
@@ -301,10 +387,8 @@ class Engine:
         measure_delta: bool,
     ) -> Explanation:
         graph = captured.program.graph
-        with torch.no_grad(), _no_autocast(args):
-            values: dict[Node, Any] = {**graph.constants, **parameters}
-            for node, value in zip(graph.inputs, flatten_arguments(args), strict=True):
-                values[node] = value.detach() if isinstance(value, Tensor) else value
+        with torch.no_grad(), no_autocast(args):
+            values = self._values(captured, parameters, args)
             inputs = {n: values[n] for n in graph.inputs if isinstance(values[n], Tensor)}
             task = Task(
                 captured.program,
@@ -326,6 +410,16 @@ class Engine:
                     part = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
                 parts.append(part)
         return Explanation(parts, result.delta)
+
+    def _values(
+        self, captured: Captured, parameters: dict[Node, Tensor], args: Sequence[Any]
+    ) -> dict[Node, Any]:
+        """The values of the graph's placeholders."""
+        graph = captured.program.graph
+        values: dict[Node, Any] = {**graph.constants, **parameters}
+        for node, value in zip(graph.inputs, flatten_arguments(args), strict=True):
+            values[node] = value.detach() if isinstance(value, Tensor) else value
+        return values
 
     def _check_finite(self, task: Task, sums: Tensor) -> None:
         finite = [math.isfinite(total) for total in sums.tolist()]
@@ -354,16 +448,12 @@ def _start_within(start: StartFunction, first: int, output: Tensor, rows: slice)
     return start(output, slice(first + rows.start, first + rows.stop))
 
 
-def _no_autocast(args: Sequence[Any]) -> Any:
+def no_autocast(args: Sequence[Any]) -> Any:
     """The captured graph holds the casts it needs; an ambient autocast would add others."""
-    device = _device(args)
+    device = device_of(args)
     if not torch.is_autocast_enabled(device):
         return contextlib.nullcontext()
     return torch.autocast(device, enabled=False)
-
-
-def _device(args: Sequence[Any]) -> str:
-    return next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
 
 
 def _attribute(model: nn.Module, name: str) -> Tensor:
@@ -376,52 +466,4 @@ def _attribute(model: nn.Module, name: str) -> Tensor:
         value = module._buffers.get(last)
     if value is None:
         value = getattr(module, last)
-    return value
-
-
-def _remember(module: nn.Module) -> Remembered:
-    # What the capture fixed of a layer of PyTorch's: strides, slopes, sizes. Other modules may
-    # keep counters and the like, by which nothing can be told.
-    known = type(module).__module__.startswith("torch.nn.")
-    kinds = (bool, int, float, str, tuple)
-    settings = {k: v for k, v in vars(module).items() if known and type(v) in kinds}
-    children = [*map(id, module._modules.values())]
-    return Remembered(
-        weakref.ref(module), type(module), module.training, children, settings.items()
-    )
-
-
-def _signature(value: Any, batch: int) -> Hashable:
-    if isinstance(value, Tensor):
-        batched = value.dim() > 0 and value.shape[0] == batch
-        shape = value.shape[1:] if batched else value.shape
-        return (batched, tuple(shape), value.dtype, value.device)
-    if isinstance(value, (list, tuple)):
-        return (type(value), *(_signature(item, batch) for item in value))
-    if isinstance(value, dict):
-        return tuple((key, _signature(item, batch)) for key, item in value.items())
-    try:
-        hash(value)
-    except TypeError as error:
-        raise InputError(
-            f"additional_forward_args holds a {type(value).__name__}, which cannot be part of a "
-            "captured graph; pass tensors, numbers, strings, None, or lists and dicts of them."
-        ) from error
-    return (type(value), value)
-
-
-def _carry(additional: Sequence[Any], batch: int) -> bool:
-    """Whether an argument has the batch's size: it may be of the samples, or happen to have it."""
-    leaves = flatten_arguments(additional)
-    return any(isinstance(leaf, Tensor) and leaf.shape[:1] == (batch,) for leaf in leaves)
-
-
-def _take(value: Any, rows: slice, batch: int) -> Any:
-    """The arguments of some of the samples."""
-    if isinstance(value, Tensor):
-        return value[rows] if value.dim() and value.shape[0] == batch else value
-    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-        return type(value)(_take(item, rows, batch) for item in value)
-    if isinstance(value, dict):
-        return {key: _take(item, rows, batch) for key, item in value.items()}
     return value
