@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..errors import TrainingModeError
+from ..errors import CaptureError, TrainingModeError
 from .aliases import unshared
 from .captured import CapturedGraph, flatten_arguments
 from .export import example, export
@@ -42,8 +42,29 @@ __all__ = [
 CAPTURING = threading.RLock()
 
 
+_SHARDED = ("FullyShardedDataParallel", "FSDPModule")
+
+
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module itself behind ``DataParallel``, its distributed kin and ``torch.compile``."""
+    """The module itself behind ``DataParallel``, its distributed kin and ``torch.compile``.
+
+    Raises:
+        CaptureError: If the model is of a kind that cannot be captured, with what to do instead.
+    """
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(
+                f"{name or 'The model'} is a TorchScript module, which has no graph of ATen calls. "
+                "Explain the Python module that it was made from, with "
+                "load_state_dict(scripted.state_dict())."
+            )
+        if any(kind.__name__ in _SHARDED for kind in type(module).__mro__):
+            raise CaptureError(
+                f"The parameters of {name or 'the model'} are sharded over processes by FSDP. "
+                "Gather the full state dict (torch.distributed.checkpoint.state_dict."
+                "get_model_state_dict with full_state_dict=True), load it into a module that is "
+                "not sharded, and explain that."
+            )
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
@@ -72,6 +93,14 @@ def check_eval_mode(model: nn.Module) -> None:
             and not module.track_running_stats
         )
     ]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise TrainingModeError(
+                f"{name or 'The model'} ({type(module).__name__}) keeps no running statistics, so "
+                "it mixes the samples of a batch in eval mode too. Give it some "
+                "(track_running_stats=True and a pass over data in training mode), or put a "
+                "GroupNorm in its place."
+            )
     if found:
         listed = ", ".join(f"{name} ({kind})" for name, kind in found[:8])
         more = f" and {len(found) - 8} more" if len(found) > 8 else ""

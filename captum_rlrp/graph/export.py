@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import CaptureError, RelativeLRPError
 from .aliases import has_aliased_write
 from .form import Form
-from .packed import PackedSequences
+from .packed import RecurrentLayers
 from .twins import Root, twin
 
 
@@ -43,7 +43,7 @@ def export(
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with _quiet(), PackedSequences():
+        with _quiet(), RecurrentLayers():
             program = torch.export.export(
                 _SameBatch(root, dynamic), tuple(args), dynamic_shapes=(tuple(dynamic),)
             )

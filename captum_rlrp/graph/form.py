@@ -23,19 +23,26 @@ class Form:
             what the model returns. None where it returns one tensor.
         names: Names of the first arguments, which then go to forward by name.
         in_dict: Whether the named arguments go to forward as one dict instead.
+        region: A class, of whose scores the sum under a mask is explained; the mask is the last
+            argument then.
     """
 
     output: Output = None
     names: tuple[str, ...] = ()
     in_dict: bool = False
+    region: int | None = None
 
     def call(self, model: nn.Module, args: Sequence[Any]) -> Tensor:
         """The output to explain."""
         count = len(self.names)
         named = dict(zip(self.names, args[:count], strict=True))
-        rest = args[count:]
+        rest = args[count:] if self.region is None else args[count:-1]
         returned = model(named, *rest) if self.in_dict else model(*rest, **named)
-        return self.pick(returned, type(model).__name__)
+        output = self.pick(returned, type(model).__name__)
+        if self.region is None:
+            return output
+        scores = output[:, self.region]
+        return (scores * args[-1].to(scores.dtype)).flatten(1).sum(1)
 
     def pick(self, returned: Any, model: str) -> Tensor:
         """The output to explain, of what the model returned.

@@ -1,8 +1,9 @@
-"""Packed sequences as padded ones: their sizes depend on values, so no static graph holds them.
+"""Recurrent layers as export can take them: each one call, and packed sequences as padded ones.
 
-While a model is captured, ``pack_padded_sequence`` leaves the padding where it is, the recurrent
-layers run over it, and ``pad_packed_sequence`` masks what they wrote there. A backward direction
-reads each sequence from its own end. No relevance reaches the padding.
+The sizes of packed ones depend on values, so no static graph holds them. While a model is captured,
+``pack_padded_sequence`` leaves the padding where it is, the recurrent layers run over it, and
+``pad_packed_sequence`` masks what they wrote there. A backward direction reads each sequence from
+its own end. No relevance reaches the padding.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.overrides import TorchFunctionMode
 
 from ..errors import CaptureError
+from .recurrent import recurrent_layer
 
 _LAYERS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
-class PackedSequences(TorchFunctionMode):
-    """The mode in which packing pads."""
+class RecurrentLayers(TorchFunctionMode):
+    """The mode in which a recurrent layer is one call, and packing pads."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -41,6 +43,8 @@ class PackedSequences(TorchFunctionMode):
             return _pad(*args)
         if name in _LAYERS and isinstance(args[1], _Lengths):
             return _run(name, *args)
+        if name in _LAYERS and isinstance(args[-1], bool) and args[0].shape[args[-1]]:
+            return _as_one_call(name, func, *args)
         return func(*args, **kwargs)
 
 
@@ -116,6 +120,32 @@ class _NoCells:
         return self.__getattr__("item")
 
 
+def _as_one_call(
+    name: str,
+    func: Callable[..., Any],
+    data: Tensor,
+    state: Any,
+    weights: Sequence[Tensor],
+    has_biases: bool,
+    layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Any, ...]:
+    """A layer that export is not to take apart step by step."""
+    if dropout and train and layers > 1:  # random: left as it is, to be refused by name
+        return func(
+            data, state, weights, has_biases, layers, dropout, train, bidirectional, batch_first
+        )
+    states = list(state) if name == "lstm" else [state]
+    return tuple(
+        recurrent_layer(
+            name, data, states, list(weights), has_biases, layers, bidirectional, batch_first
+        )
+    )
+
+
 def _pad(
     data: Tensor, lengths: _Lengths, batch_first: bool, value: float, steps: int
 ) -> tuple[Tensor, Tensor]:
@@ -139,7 +169,6 @@ def _run(
     train: bool,
     bidirectional: bool,
 ) -> tuple[Any, ...]:
-    layer = getattr(torch._VF, name)
     directions = 2 if bidirectional else 1
     size = len(weights) // (layers * directions)
     last: list[Tensor] = []
@@ -149,10 +178,10 @@ def _run(
         outputs = []
         for direction in range(directions):
             at = i * directions + direction
-            start = [s[at : at + 1] for s in state] if name == "lstm" else state[at : at + 1]
+            start = [s[at : at + 1] for s in (state if name == "lstm" else [state])]
             own = weights[at * size : (at + 1) * size]
             read = _at(data, lengths.backward) if direction else data
-            output = layer(read, start, own, has_biases, 1, 0.0, train, False, False)[0]
+            output = recurrent_layer(name, read, start, own, has_biases, 1, False, False)[0]
             last.append(_at(output, (lengths.lengths - 1)[None]))
             outputs.append(_at(output, lengths.backward) if direction else output)
         data = torch.cat(outputs, -1) if bidirectional else outputs[0]

@@ -30,19 +30,28 @@ class Writer:
         self._graph = graph
         self._meta = {k: v for k, v in node.meta.items() if k != "val"}
         self._known: dict[Any, Any] = {}
+        self._shapes: dict[int, tuple[Any, str]] = {}
 
     def __call__(self, target: Any, *args: Any) -> Node:
-        made = self._graph.call_function(target, args)
-        made.meta = {**self._meta, "val": self._value(target, args)}
-        return made
-
-    def _value(self, target: Any, args: Any) -> Any:
-        values = tree_map(lambda a: a.meta["val"] if isinstance(a, Node) else a, args)
-        key = (target, str(tree_map(_named, values)))
+        key = (target, *map(self._key, args))
         if key not in self._known:
-            # The values are kept, for their ids are in the key.
-            self._known[key] = (target(*values), values)
-        return self._known[key][0]
+            values = tree_map(lambda a: a.meta["val"] if isinstance(a, Node) else a, args)
+            self._known[key] = target(*values)
+        return self._write(target, args, self._known[key])
+
+    def _key(self, value: Any) -> Any:
+        """The same for arguments of one shape, whose results are of one shape too."""
+        if isinstance(value, Node):
+            like = value.meta["val"]
+            if id(like) not in self._shapes:  # kept along, for its id must not come again
+                self._shapes[id(like)] = (like, f"{tuple(like.shape)} {like.dtype} {like.device}")
+            return self._shapes[id(like)][1]
+        return tuple(map(self._key, value)) if isinstance(value, (list, tuple)) else value
+
+    def _write(self, target: Any, args: Any, value: Any) -> Node:
+        made = self._graph.call_function(target, args)
+        made.meta = {**self._meta, "val": value}
+        return made
 
     def part(self, x: Node, index: int, of: int) -> Node:
         """One of the equal parts along the last axis."""
@@ -50,9 +59,46 @@ class Writer:
         dim = x.meta["val"].dim() - 1
         return self(aten.slice.Tensor, x, dim, index * size, (index + 1) * size)
 
+    def steps(self, x: Node) -> list[Node]:
+        """The steps along the first axis, which all are of one shape."""
+        first = self(aten.select.int, x, 0, 0)
+        later = range(1, x.meta["val"].shape[0])
+        return [
+            first, *(self._write(aten.select.int, (x, 0, t), first.meta["val"]) for t in later)
+        ]  # fmt: skip
 
-def _named(value: Any) -> Any:
-    return f"#{id(value)}" if isinstance(value, Tensor) else value
+
+@torch.library.custom_op("captum_rlrp::recurrent_layer", mutates_args=())
+def recurrent_layer(
+    kind: str,
+    input: Tensor,
+    hx: list[Tensor],
+    params: list[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+) -> list[Tensor]:
+    """A recurrent layer as one call, of which export only needs the shapes."""
+    raise NotImplementedError("only stands for a layer in a graph that is being captured")
+
+
+@recurrent_layer.register_fake
+def _(
+    kind: str,
+    input: Tensor,
+    hx: list[Tensor],
+    params: list[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+) -> list[Tensor]:
+    width = hx[0].shape[-1] * (2 if bidirectional else 1)
+    return [input.new_empty(*input.shape[:2], width), *(torch.empty_like(h) for h in hx)]
+
+
+RECURRENT = torch.ops.captum_rlrp.recurrent_layer.default
 
 
 def unroll(graph: Graph, node: Node) -> tuple[Node, ...]:
@@ -60,15 +106,14 @@ def unroll(graph: Graph, node: Node) -> tuple[Node, ...]:
 
     Args:
         graph: The graph.
-        node: A call of ``aten.lstm``, ``gru``, ``rnn_tanh`` or ``rnn_relu``.
+        node: A call of :func:`recurrent_layer`.
 
     Returns:
         What the layer returns: its outputs, and its states at the end.
     """
     args = bind(node)
-    packet = node.target.overloadpacket  # type: ignore[union-attr]
-    cell, states = _CELLS[packet]
-    hidden = args["hx"] if isinstance(args["hx"], (list, tuple)) else [args["hx"]]
+    cell, states = _CELLS[args["kind"]]
+    hidden = args["hx"]
     directions = 2 if args["bidirectional"] else 1
     per = len(args["params"]) // (args["num_layers"] * directions)
     ended: list[list[Node]] = [[] for _ in range(states)]
@@ -108,10 +153,9 @@ def _layer(
     b, c = rest[:2] if has_biases else (None, None)
     projection = rest[2:] if has_biases else rest
     projected = write(aten.linear.default, x, w, b)
-    steps = range(x.meta["val"].shape[0])
+    steps = write.steps(projected)
     outputs: list[Node] = []
-    for step in reversed(steps) if backward else steps:
-        of_x = write(aten.select.int, projected, 0, step)
+    for of_x in reversed(steps) if backward else steps:
         state = cell(write, of_x, state, [u, c, *projection])
         outputs.append(state[0])
     return outputs[::-1] if backward else outputs, state
@@ -155,11 +199,10 @@ def _elman(activation: Any) -> Cell:
     return cell
 
 
-# Op → its cell, and how many states it carries from step to step.
-_CELLS: dict[Any, tuple[Cell, int]] = {
-    aten.lstm: (_lstm, 2),
-    aten.gru: (_gru, 1),
-    aten.rnn_tanh: (_elman(aten.tanh.default), 1),
-    aten.rnn_relu: (_elman(aten.relu.default), 1),
+# Kind → its cell, and how many states it carries from step to step.
+_CELLS: dict[str, tuple[Cell, int]] = {
+    "lstm": (_lstm, 2),
+    "gru": (_gru, 1),
+    "rnn_tanh": (_elman(aten.tanh.default), 1),
+    "rnn_relu": (_elman(aten.relu.default), 1),
 }
-LAYERS = tuple(packet.input for packet in _CELLS)

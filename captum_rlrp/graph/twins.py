@@ -136,11 +136,20 @@ class _Twins:
         return made
 
     def _config(self, value: Any) -> Any:
-        """A language model's settings; its cache for generation would only be in the way."""
-        if getattr(value, "use_cache", False) is not True:
+        """A language model's settings, less what no graph can hold and no explanation needs.
+
+        That is the cache for generation, and experts that run on tokens sorted by expert.
+        """
+        changes: dict[str, Any] = {}
+        if getattr(value, "use_cache", False) is True:
+            changes["use_cache"] = False
+        if getattr(value, "_experts_implementation", None) == "grouped_mm":
+            changes["_experts_implementation"] = "batched_mm"
+        if not changes:
             return self.of(value)
         made = self._note(value, copy.copy(value))
-        made.use_cache = False
+        for name, setting in changes.items():
+            setattr(made, name, setting)
         return made
 
     def _function(self, function: types.FunctionType) -> Any:

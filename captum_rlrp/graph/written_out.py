@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .nodes import bind, dependents
-from .recurrent import LAYERS, unroll
+from .recurrent import RECURRENT, unroll
 
 aten = torch.ops.aten
 
@@ -27,15 +27,24 @@ def write_out(graph: Graph, inputs: Sequence[Node]) -> None:
         packet = getattr(node.target, "overloadpacket", None)
         if node not in depends:
             continue
-        if node.target in LAYERS:
+        if node.target is RECURRENT:
             _replace(graph, node, unroll(graph, node))
+        elif packet is aten.embedding_bag:
+            rows = _rows_of_bags(node)
+            if rows is not None:
+                _replace(graph, node, _traced(graph, node, _embedding_bag, {"indices": rows}))
         elif packet in WRITTEN_OUT:
             _replace(graph, node, _traced(graph, node, WRITTEN_OUT[packet]))
 
 
-def _traced(graph: Graph, node: Node, function: Callable[[Arguments], Any]) -> Any:
+def _traced(
+    graph: Graph,
+    node: Node,
+    function: Callable[[Arguments], Any],
+    overrides: Arguments | None = None,
+) -> Any:
     """The calls that a function makes in place of a node."""
-    leaves, spec = tree_flatten(bind(node))
+    leaves, spec = tree_flatten({"padding_idx": None, **bind(node), **(overrides or {})})
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Node)]
     nodes = [leaves[i] for i in places]
 
@@ -149,10 +158,17 @@ def _log_sum_exp(a: Arguments) -> Tensor:
     return (share * total).sum(dims, keepdim=bool(a.get("keepdim")))
 
 
+def _broadcast(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    shape = torch.broadcast_shapes(x.shape, y.shape)
+    return (x if x.shape == shape else x.expand(shape)), (
+        y if y.shape == shape else y.expand(shape)
+    )
+
+
 def _cosine(a: Arguments) -> Tensor:
     """The norms are gates, as the statistics of a normalisation are."""
     dim, eps = a["dim"], a["eps"]
-    x, y = torch.broadcast_tensors(a["x1"], a["x2"])
+    x, y = _broadcast(a["x1"], a["x2"])
 
     def unit(v: Tensor) -> Tensor:
         return v * v.square().sum(dim, keepdim=True).sqrt().clamp_min(eps).reciprocal()
@@ -220,6 +236,18 @@ def _bilinear(a: Arguments) -> Tensor:
     return result if a["bias"] is None else result + a["bias"]
 
 
+def _repeated(a: Arguments) -> Tensor:
+    """Every element so many times, as an expansion that keeps the order."""
+    x, times, dim = a["self"], a["repeats"], a["dim"]
+    if not isinstance(times, int):
+        return torch.repeat_interleave(x, times, dim)
+    if dim is None:
+        x, dim = x.flatten(), 0
+    dim = dim % x.dim()
+    shape = (*x.shape[: dim + 1], times, *x.shape[dim + 1 :])
+    return x.unsqueeze(dim + 1).expand(shape).flatten(dim, dim + 1)
+
+
 def _outer(a: Arguments) -> Tensor:
     other = a.get("vec2", a.get("other"))
     return a["self"].unsqueeze(-1) @ other.unsqueeze(-2)  # type: ignore[union-attr]
@@ -241,6 +269,35 @@ def _index_add(a: Arguments) -> Tensor:
     shape[dim] = -1
     index = a["index"].view(shape).expand(source.shape)
     return _scatter_add({"self": a["self"], "dim": dim, "index": index, "src": source})
+
+
+def _embedding_bag(a: Arguments) -> Any:
+    """Bags of one length: the sum, or mean, or largest, of their embeddings."""
+    rows: Tensor = torch.nn.functional.embedding(a["indices"], a["weight"])
+    kept = torch.ones_like(rows[..., :1])
+    if a["padding_idx"] is not None:
+        kept = (a["indices"] != a["padding_idx"]).to(rows.dtype).unsqueeze(-1)
+    if a["per_sample_weights"] is not None:
+        rows = rows * a["per_sample_weights"].reshape(a["indices"].shape).unsqueeze(-1)
+    if a["mode"] == 2:
+        return rows.masked_fill(kept == 0, float("-inf")).amax(1), None, None, None
+    total = (rows * kept).sum(1)
+    if a["mode"] == 1:
+        total = total / kept.sum(1).clamp_min(1)
+    return total, None, None, None
+
+
+def _rows_of_bags(node: Node) -> Node | None:
+    """The matrix of indices whose rows are the bags; None where the bags have offsets."""
+    args = bind(node)
+    indices, offsets = args["indices"], args["offsets"]
+    rows = indices.args[0] if getattr(indices.target, "overloadpacket", None) in _FLATTENS else None
+    is_matrix = isinstance(rows, Node) and rows.meta["val"].dim() == 2
+    even = getattr(offsets.target, "overloadpacket", None) is aten.arange
+    return rows if is_matrix and even and not args["include_last_offset"] else None
+
+
+_FLATTENS = {aten.reshape, aten.view, aten.flatten, aten._unsafe_view}
 
 
 def _scatter_reduce(a: Arguments) -> Tensor:
@@ -289,13 +346,14 @@ WRITTEN_OUT: dict[Any, Callable[[Arguments], Any]] = {
     aten.addcmul: _plus_product,
     aten.addcdiv: _plus_quotient,
     aten.bilinear: _bilinear,
+    aten.repeat_interleave: _repeated,
     aten.outer: _outer,
     aten.ger: _outer,
     aten.scatter_add: _scatter_add,
     aten.index_add: _index_add,
     aten.scatter_reduce: _scatter_reduce,
     aten.logaddexp: lambda a: _log_sum_exp(
-        {"self": torch.stack(torch.broadcast_tensors(a["self"], a["other"]), -1), "dim": -1}
+        {"self": torch.stack(_broadcast(a["self"], a["other"]), -1), "dim": -1}
     ),
     aten.hypot: lambda a: (a["self"].square() + a["other"].square()).sqrt(),
 }

@@ -6,7 +6,7 @@ Knows neither Captum nor targets; :mod:`captum_rlrp.attribution` adds those.
 from __future__ import annotations
 
 import contextlib
-import functools
+import importlib
 import math
 import threading
 from collections import OrderedDict
@@ -22,6 +22,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from ..errors import CaptureError, InputError, NonFiniteError
+from ..graph.active import is_number
 from ..graph.capture import (
     CAPTURING,
     CapturedGraph,
@@ -33,16 +34,20 @@ from ..graph.capture import (
 from ..graph.fingerprint import Fingerprint
 from ..graph.form import PLAIN, Form
 from ..graph.mixing import check_apart
+from ..graph.tokens import at_numbers, embeddings
 from ..plan.fusion import fuse
 from ..plan.portions import divide, find_portion
 from ..plan.sections import Plan, plan
 from .arguments import Batched, device_of, guesses, signature, take
-from .program import Program, find_non_finite
+from .program import Program, Result, find_non_finite
 from .recording import Recordings, Task
+from .several import fork
 from .trial import Trial
 
 _CACHED_PROGRAMS = 32
 
+# Integer input → the values that it becomes, each with its indices.
+Becomes = dict[Node, list[tuple[Node, Node]]]
 # Relevance at the output and, where it is one-hot along dimension 1, the column of each sample.
 Start = tuple[Tensor, Tensor | None]
 StartFunction = Callable[[Tensor, slice], Start]
@@ -56,6 +61,7 @@ class Captured:
     program: Program
     explained: tuple[Node, ...]
     wanted: tuple[Node, ...]
+    becomes: Becomes
     parameters: tuple[tuple[str, Node, torch.Size, torch.dtype, torch.device], ...]
     fingerprint: Fingerprint
     portion: int | None
@@ -131,16 +137,34 @@ class Engine:
         self._cache: OrderedDict[Hashable, Captured] = OrderedDict()
         self._lock = threading.Lock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to this process: a copy captures anew."""
+        state = dict(self.__dict__)
+        for name in ("_memory", "_cache", "_lock"):
+            del state[name]
+        state["kernels"] = self.kernels.__name__
+        state["recordings"] = self.recordings is not None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.kernels = importlib.import_module(state["kernels"])
+        self.recordings = Recordings() if state["recordings"] else None
+        self._memory = self.kernels.working_memory()
+        self._cache = OrderedDict()
+        self._lock = threading.Lock()
+
     def explain(
         self,
         inputs: Sequence[Tensor],
         additional: Sequence[Any],
-        start: StartFunction,
+        start: StartFunction | Sequence[StartFunction],
         wanted: WantedFunction | None = None,
         key: Hashable = None,
         measure_delta: bool = False,
         internal_batch_size: int | None = None,
         form: Form | None = None,
+        batch: int | None = None,
     ) -> Explanation:
         """Explains a batch.
 
@@ -148,17 +172,18 @@ class Engine:
             inputs: The explained arguments, samples first.
             additional: The model's further arguments.
             start: Model output and the rows it stands for → relevance at the output, and the
-                column where it starts.
+                column where it starts. Of several, the results are stacked behind the batch.
             wanted: Which values' relevance to return; the inputs' by default.
             key: Tells `wanted` functions apart.
             measure_delta: Whether to measure the violation of the local law.
             internal_batch_size: Samples that go through at a time; by default all of them, or as
                 many as are fast on a CPU.
             form: How the model is called, if not as ever.
+            batch: Number of samples, if not that of the first input's rows.
         """
         form = form or self.form
         args = (*inputs, *additional)
-        batch = len(inputs[0])
+        batch = len(inputs[0]) if batch is None else batch
         captured, parameters = self._bound(args, len(inputs), batch, wanted, key, form)
         size, portion = internal_batch_size or batch, captured.portion or batch
         if captured.per_sample:
@@ -174,7 +199,7 @@ class Engine:
                     pairs = zip(args, captured.batched, strict=True)
                     some = tuple(take(arg, rows, batched) for arg, batched in pairs)
                 if size < batch and captured.program.graph.guards:  # forward may take another way
-                    begin = functools.partial(_start_within, start, rows.start)
+                    begin = _within(start, rows.start)
                     few, rest = some[: len(inputs)], some[len(inputs) :]
                     parts.append(
                         self.explain(few, rest, begin, wanted, key, measure_delta, None, form)
@@ -218,8 +243,11 @@ class Engine:
         with self._lock:
             found = self._cache.get(name)
             if found is not None and not found.admits(batch):
-                name = (name, batch)
-                found = self._cache.get(name)
+                if found.only == 1 and self._holds_for(found, args, batch, form):
+                    found = self._cache[name] = replace(found, only=None)
+                else:
+                    name = (name, batch)
+                    found = self._cache.get(name)
             if found is not None:
                 self._cache.move_to_end(name)
         parameters = found.bind(self.model) if found is not None else None
@@ -239,6 +267,12 @@ class Engine:
             )
         return made, parameters
 
+    def _holds_for(self, found: Captured, args: Sequence[Any], batch: int, form: Form) -> bool:
+        """Whether what was captured with one sample holds for several."""
+        if found.per_sample or not found.program.graph.admits(batch):
+            return False
+        return self.allow_random or Trial(self.model, form, args).tells_apart(batch, found.batched)
+
     def _capture(
         self,
         args: Sequence[Any],
@@ -256,13 +290,13 @@ class Engine:
             )
         graph, batched = self._graph(trial, explained, batch, form)
         try:
-            made, taps = self._planned(graph, explained, wanted, batch)
+            made, taps, becomes = self._planned(graph, explained, wanted)
         except CaptureError:
             if batch > 1 or graph.batch is None:
                 raise
             # A model that cuts its batch of one still explains that one.
             graph = self._only(args, batch, form)
-            made, taps = self._planned(graph, explained, wanted, batch)
+            made, taps, becomes = self._planned(graph, explained, wanted)
         instructions = None
         if self.fuses:
             made, instructions = fuse(graph, made, taps)
@@ -275,8 +309,9 @@ class Engine:
         )
         divides = self.fuses and device_of(args) == "cpu"
         portion = find_portion(graph, made.layouts) if divides else None
+        asked = tuple(taps) if wanted else graph.inputs[:explained]
         captured = Captured(
-            program, graph.inputs[:explained], tuple(taps), parameters,
+            program, graph.inputs[:explained], asked, becomes, parameters,
             Fingerprint(self.model, trial.root.model), portion, tuple(batched),
             batch if batch == 1 or batched != carries_batch(args, batch) else None,
         )  # fmt: skip
@@ -318,14 +353,22 @@ class Engine:
         )
 
     def _planned(
-        self, graph: CapturedGraph, explained: int, wanted: WantedFunction | None, batch: int
-    ) -> tuple[Plan, list[Node]]:
+        self, graph: CapturedGraph, explained: int, wanted: WantedFunction | None
+    ) -> tuple[Plan, list[Node], Becomes]:
         nodes = graph.inputs[:explained]
-        taps = list(wanted(graph, nodes) if wanted else nodes)
+        becomes: Becomes = {}
+        if wanted is None:
+            taps = [node for node in nodes if is_number(node)]
+            for node in nodes:
+                if not is_number(node):
+                    becomes[node] = embeddings(graph, nodes, node)
+                    taps += [value for value, _ in becomes[node]]
+        else:
+            taps = wanted(graph, nodes)
         used = set(graph.nodes)
         made = plan(graph, nodes, [tap for tap in taps if tap in used])
         check_apart(graph, made.layouts)
-        return (made if self.revise is None else self.revise(made)), taps
+        return (made if self.revise is None else self.revise(made)), taps, becomes
 
     def _traced(
         self, args: Sequence[Any], batch: int | None, form: Form, batched: Batched | None = None
@@ -383,33 +426,51 @@ class Engine:
         parameters: dict[Node, Tensor],
         args: Sequence[Any],
         rows: slice,
-        start: StartFunction,
+        start: StartFunction | Sequence[StartFunction],
         measure_delta: bool,
     ) -> Explanation:
         graph = captured.program.graph
         with torch.no_grad(), no_autocast(args):
             values = self._values(captured, parameters, args)
             inputs = {n: values[n] for n in graph.inputs if isinstance(values[n], Tensor)}
+            starts = [start] if callable(start) else start
             task = Task(
                 captured.program,
                 values,
                 inputs,
                 captured.explained,
-                lambda output: start(output, rows),
+                lambda output: starts[0](output, rows),
                 rows.stop - rows.start,
                 measure_delta,
             )
-            result, sums = self.recordings.run(task) if self.recordings else task.run()
-            self._check_finite(task, sums)
-            parts = []
-            for node in captured.wanted:
-                part = result.relevance.get(node)
-                if part is None:  # nothing arrived: no way leads there from the output
-                    like = result.likes.get(node, values.get(node))
-                    assert like is not None
-                    part = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-                parts.append(part)
-        return Explanation(parts, result.delta)
+            if callable(start):
+                result, sums = self.recordings.run(task) if self.recordings else task.run()
+                self._check_finite(task, sums)
+                return Explanation(self._parts(captured, values, result), result.delta)
+            run = task.program.forward(task.values)
+            found = []
+            for begin in starts:
+                one = fork(run)
+                result = one.propagate(*begin(run.output, rows), task.batch, measure_delta)
+                self._check_finite(task, one.sums(task.floating))
+                found.append(Explanation(self._parts(captured, values, result), result.delta))
+        return _stacked(found)
+
+    def _parts(self, captured: Captured, values: dict[Node, Any], result: Result) -> list[Tensor]:
+        """Relevance at the values asked for."""
+        graph, parts = captured.program.graph, []
+        for node in captured.wanted:
+            part = result.relevance.get(node)
+            if node in captured.becomes:
+                at = [(v, i, result.relevance.get(v)) for v, i in captured.becomes[node]]
+                met = [(v, i, r) for v, i, r in at if r is not None]
+                part = at_numbers(graph, values, node, met)
+            if part is None:  # nothing arrived: no way leads there from the output
+                like = result.likes.get(node, values.get(node))
+                assert like is not None
+                part = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+            parts.append(part)
+        return parts
 
     def _values(
         self, captured: Captured, parameters: dict[Node, Tensor], args: Sequence[Any]
@@ -443,9 +504,20 @@ class Engine:
             )
 
 
-def _start_within(start: StartFunction, first: int, output: Tensor, rows: slice) -> Start:
+def _within(start: StartFunction | Sequence[StartFunction], first: int) -> Any:
     """The start for some of the rows from `first` on."""
-    return start(output, slice(first + rows.start, first + rows.stop))
+    if not callable(start):
+        return [_within(one, first) for one in start]
+    return lambda output, rows: start(output, slice(first + rows.start, first + rows.stop))
+
+
+def _stacked(found: Sequence[Explanation]) -> Explanation:
+    """Several explanations of the same samples, side by side."""
+    pairs = zip(*(one.relevance for one in found), strict=True)
+    deltas = [one.delta for one in found if one.delta is not None]
+    return Explanation(
+        [torch.stack(parts, 1) for parts in pairs], torch.stack(deltas, 1) if deltas else None
+    )
 
 
 def no_autocast(args: Sequence[Any]) -> Any:
