@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .program import Program, Result
+from .program import Program, Result, totals
 
 _CAPACITY = 4  # each keeps the memory of a whole explanation
 
@@ -55,10 +55,12 @@ class Task:
         return (self.program, self.batch, self.measure_delta, kinds, read)
 
     def run(self) -> tuple[Result, Tensor]:
-        """The relevance, and the sums that tell whether all was finite (:meth:`Run.sums`)."""
+        """The relevance, and what tells whether it can be trusted (:func:`totals`)."""
         run = self.program.forward(self.values)
-        result = run.propagate(*self.begin(run.output), self.batch, self.measure_delta)
-        return result, run.sums(self.floating)
+        output = run.values[run.output]
+        start, column = self.begin(output)
+        result = self.program.propagate(run, start, column, self.batch, self.measure_delta)
+        return result, totals(run, [*self.floating, output], result)
 
     @property
     def floating(self) -> list[Tensor]:
@@ -104,7 +106,7 @@ class Recording:
         values: dict[Node, Any] = {**task.values, **self._places}
         task = replace(task, values=values)
         run, self._forward = tape.record(lambda: task.program.forward(task.values))
-        self._output = run.output
+        self._output = run.values[run.output]
         # The start depends on the output: on its shape at least, where the target is a function
         # of it on its values too.
         self._forward()
@@ -112,10 +114,11 @@ class Recording:
         self._start, self._column = start.clone(), _copied(column)
 
         def back() -> tuple[Result, Tensor]:
-            result = run.propagate(self._start, self._column, task.batch, task.measure_delta)
-            return result, run.sums(task.floating)
+            start = (self._start, self._column)
+            result = task.program.propagate(run, *start, task.batch, task.measure_delta)
+            return result, totals(run, [*task.floating, self._output], result)
 
-        (self._result, self._sums), self._back = tape.record(back)
+        (self._result, self._totals), self._back = tape.record(back)
 
     def __call__(self, task: Task) -> tuple[Result, Tensor]:
         """What :meth:`Task.run` returns."""
@@ -129,8 +132,8 @@ class Recording:
         self._back()
         relevance = {node: _copied(r) for node, r in self._result.relevance.items()}
         delta = _copied(self._result.delta)
-        sums = self._sums.cpu()  # waits: whoever comes next writes over all of it
-        return replace(self._result, relevance=relevance, delta=delta), sums
+        numbers = self._totals.cpu()  # waits: whoever comes next writes over all of it
+        return replace(self._result, relevance=relevance, delta=delta), numbers
 
 
 class Recordings:
