@@ -22,7 +22,10 @@ PATH="$folder:$PATH" CFLAGS="-I$headers" SETUPTOOLS_EXT_SUFFIX="$suffix" CAPTUM_
     "$python" setup.py --quiet build_ext --force --inplace --build-temp "build/temp-$version"
 
 rm -rf "$wheels"
-"$python" -m pip download --quiet --no-deps --only-binary=:all: --python-version "$version" \
-    --dest "$wheels" captum zennit
+for name in captum zennit; do  # of the versions that PYTHON has
+    "$python" -m pip download --quiet --no-deps --only-binary=:all: --python-version "$version" \
+        --dest "$wheels" "$name==$("$python" -c "from importlib.metadata import version
+print(version('$name'))")"
+done
 echo "for Python $version:"
 ls -l captum_rlrp/*"$suffix" "$wheels"/*.whl
