@@ -26,7 +26,7 @@ say() { echo "$@" | tee -a "$report" "$log"; }
 limit_of() {
     case $1 in
         device) echo 15 ;;
-        load | agree) echo 40 ;;
+        load) echo 40 ;;
         build) echo 240 ;;
         speed) echo 120 ;;
         kernels | models) echo 90 ;;
