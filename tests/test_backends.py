@@ -90,38 +90,6 @@ def test_compiled_equals_the_float64_reference(
     assert distance(actual, expected) < TOLERANCE[dtype]
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["vgg16", "resnet50", "mobilenet_v2", "densenet121"])
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
-def test_cuda_equals_the_float64_reference_on_the_cpu(name: str, dtype: torch.dtype) -> None:
-    model, x = build(name).double(), torch.randn(2, 3, 96, 96, dtype=torch.float64)
-    expected = RelativeLRP(model, backend="reference").attribute(x, target=[1, 2])
-    model, x = model.to("cuda", dtype), x.to("cuda", dtype)
-    for layout in (torch.contiguous_format, torch.channels_last):
-        given = x.contiguous(memory_format=layout)
-        actual = RelativeLRP(model, backend="compiled").attribute(given, target=[1, 2])
-        assert actual.device.type == "cuda"
-        assert distance(actual, expected) < TOLERANCE[dtype]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["resnet50", "densenet121"])
-def test_cuda_graphs_change_nothing(name: str) -> None:
-    model = build(name).cuda()
-    plain, recorded = RelativeLRP(model), RelativeLRP(model, cuda_graphs=True)
-    for seed in range(4):
-        torch.manual_seed(seed)
-        x = torch.randn(1, 3, 96, 96, device="cuda")
-        expected = plain.attribute(x, target=seed)
-        assert distance(recorded.attribute(x, target=seed), expected) < 1e-4
-    assert recorded._engine.recordings is not None
-    assert any(recorded._engine.recordings._kept.values())
-    with torch.no_grad():
-        next(model.parameters()).mul_(-1)
-    expected = plain.attribute(x, target=1)
-    assert distance(recorded.attribute(x, target=1), expected) < 1e-4
-
-
 class Convolutions(nn.Module):
     """Convolutions that :mod:`kernels.convolution` covers, in all the ways that a forward fuses."""
 
