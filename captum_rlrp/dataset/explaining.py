@@ -47,7 +47,9 @@ class Explainer:
         self.layers, self.channels = list(layers), list(channels)
         self.embedding, self.batch_size = embedding, batch_size
         self.dtype = np.dtype(dtype)
-        for name in dict.fromkeys([*self.layers, *self.channels, *([embedding] * bool(embedding))]):
+        for name in dict.fromkeys(
+            [*self.layers, *self.channels, *([embedding] if embedding else [])]
+        ):
             self._module(name)
         self._method: RelativeLRP | LayerRelativeLRP | None = None
 
@@ -81,8 +83,8 @@ class Explainer:
             scores = self.model(*inputs)
         if scores.dim() != 2:
             raise InputError(
-                f"The model returns shape {tuple(scores.shape)}; a data set is explained for models "
-                "that return one row of scores per sample."
+                f"The model returns shape {tuple(scores.shape)}; to explain a data set it must "
+                "return one row of scores per sample."
             )
         rows: dict[str, list[Tensor]] = {}  # by name: one tensor per target
         chosen = [_choose(target, scores, labels[:count]) for target in self.targets]

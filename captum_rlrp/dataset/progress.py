@@ -39,7 +39,7 @@ class Times:
 
 
 class Progress:
-    """One bar for all ranks, drawn by the first: the others' shards are seen where they are written.
+    """One bar for all ranks, drawn by the first, which sees the others' shards in the folder.
 
     So no rank ever waits for another in order to be counted.
     """

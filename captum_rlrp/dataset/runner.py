@@ -98,8 +98,9 @@ def explain_dataset(
 
     Returns:
 
-        *Path* of ``attribution.h5``: ``attribution``, ``prediction``, ``label``, ``index`` (as ViRelAy
-        and CoRelAy read them), ``target``, ``delta``, ``mass/…`` (Σ|R|), ``layers/…``, ``channels/…``.
+        *Path* of ``attribution.h5``, which holds ``attribution``, ``prediction``, ``label`` and
+        ``index`` (as ViRelAy and CoRelAy read them), ``target``, ``delta``, ``mass/…`` (Σ|R|),
+        ``layers/…`` and ``channels/…``.
 
     Raises:
 
@@ -109,7 +110,8 @@ def explain_dataset(
 
     Examples::
 
-        >>> path = explain_dataset(model, ImageFolder("photos", transform), "run", channels=["layer4"])
+        >>> photos = ImageFolder("photos", transform)
+        >>> path = explain_dataset(model, photos, "run", channels=["layer4"])
         >>> with h5py.File(path) as file:
         ...     file["attribution"][0]
     """
@@ -250,7 +252,9 @@ def weights_hash(model: nn.Module) -> str:
     for name, value in sorted(model.state_dict().items()):
         if isinstance(value, torch.Tensor):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(
+                value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            )
     return digest.hexdigest()
 
 

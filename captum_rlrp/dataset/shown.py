@@ -49,7 +49,7 @@ class Shown:
         return arrays
 
     def _pictures(self, x: Tensor) -> Array:
-        """In 8 bits, the normalisation taken back; without one, from the least value to the largest."""
+        """In 8 bits, the normalisation taken back; if unknown, from the least value to the most."""
         x = x.float()
         if self.mean is not None and self.std is not None:
             shape = (1, -1, 1, 1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -265,7 +266,9 @@ class _Part:
 
 
 def _is_small(name: str, shapes: Mapping[str, Any]) -> bool:
-    return name.startswith(PER_SAMPLE) and (len(shapes[name][0]) == 1 or shapes[name][1] == object)
+    return name.startswith(PER_SAMPLE) and (
+        len(shapes[name][0]) == 1 or shapes[name][1].kind == "O"
+    )
 
 
 @contextlib.contextmanager
@@ -308,11 +311,11 @@ def _link_samples(h5py: Any, file: Any, samples: int, parts: Sequence[_Part]) ->
         (_, *rest), dtype = parts[0].shapes[name]
         if name in parts[0].small:
             whole = np.zeros((samples, *rest), dtype)
-            if dtype == object:
+            if dtype.kind == "O":
                 whole[...] = ""
             for part in parts:
                 whole[part.samples] = part.small[name]
-            kind = h5py.string_dtype() if dtype == object else dtype
+            kind = h5py.string_dtype() if dtype.kind == "O" else dtype
             file.create_dataset(short, data=whole, dtype=kind)
             continue
         layout = h5py.VirtualLayout((samples, *rest), dtype)
@@ -330,4 +333,4 @@ def _stretches(numbers: Array) -> list[tuple[int, int]]:
     """Positions between which the numbers follow each other."""
     breaks = (np.diff(numbers) != 1).nonzero()[0] + 1
     edges = [0, *breaks.tolist(), len(numbers)]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(itertools.pairwise(edges))

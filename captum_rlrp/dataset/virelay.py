@@ -27,9 +27,10 @@ def write_project(out: Path, run: Run) -> None:
     content = json.dumps(labels, indent=1, ensure_ascii=False) + "\n"
     write_file(out / "label_map.json", content.encode())
     with h5py.File(out / "data.h5", "r") as file:
-        shape = file["data"].shape if "data" in file else ()
+        shape: tuple[int, ...] = file["data"].shape if "data" in file else ()
     if len(shape) != 4:
         return
+    _, _, height, width = shape
     first = run.depends["targets"][0]
     strategy = {"label": "true_label", "predicted": "predicted_label"}.get(first, str(first))
     project = f"""\
@@ -41,8 +42,8 @@ project:
     name: {json.dumps(str(run.about.get("data", "data")))}
     type: hdf5
     path: data.h5
-    input_width: {shape[3]}
-    input_height: {shape[2]}
+    input_width: {width}
+    input_height: {height}
     down_sampling_method: none
     up_sampling_method: none
   attributions:
