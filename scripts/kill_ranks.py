@@ -2,7 +2,8 @@
 
     python scripts/kill_ranks.py [--kills 100] [--ranks 2] [--seed 0]
 
-Each run is started, one of its ranks is killed (``kill -9``) after a random time and the others are
+Each run is started, one of its ranks is killed (``kill -9``) after a random time, every other time
+as soon as one is in the middle of writing a file, and the others are
 stopped, as torchrun does; then the same run is started again in the same folder. When one gets to
 its end it is compared, byte by byte, and the next begins in a new folder. A difference is exit
 code 1.
@@ -41,7 +42,7 @@ class Pictures(Dataset):
         return SAMPLES
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        time.sleep(0.004)
+        time.sleep(0.02)
         if index in (17, 64):
             raise OSError("image file is truncated")
         generator = torch.Generator().manual_seed(index)
@@ -102,6 +103,15 @@ def fingerprint(out: Path) -> dict[str, str]:
     return found
 
 
+def writer(out: Path, processes: list[BaseProcess]) -> BaseProcess | None:
+    """The next rank that is in the middle of writing a file."""
+    while all(process.is_alive() for process in processes):
+        for part in out.glob("shards/*.part"):
+            pid = int(part.name.split(".")[-2])
+            return next((process for process in processes if process.pid == pid), None)
+    return None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
@@ -131,6 +141,8 @@ def trial(kills: int, ranks: int, chance: random.Random, root: Path) -> int:
         if done < kills:
             time.sleep(chance.uniform(0, 1.1 * whole))
             victim = chance.choice(processes)
+            if chance.random() < 0.5:
+                victim = writer(out, processes) or victim
             if victim.is_alive():
                 victim.kill()
                 done += 1

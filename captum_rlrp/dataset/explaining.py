@@ -193,8 +193,8 @@ class _Rows(nn.Module):
         self.input, self.model = nn.Identity(), model
         self.train(model.training)
 
-    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
-        output: Any = self.model(self.input(x), *others)
+    def forward(self, *inputs: Tensor) -> Tensor:
+        output: Any = self.model(self.input(inputs[0]), *inputs[1:])
         return output if isinstance(output, Tensor) else output.logits
 
 

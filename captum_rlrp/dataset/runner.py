@@ -260,8 +260,8 @@ def weights_hash(model: nn.Module) -> str:
 
 def versions() -> dict[str, str]:
     """Of what results depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("captum-rlrp", "torch", "captum"):
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("captum-rlrp", "captum"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
