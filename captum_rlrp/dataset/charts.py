@@ -14,26 +14,21 @@ from .store import Array
 
 # Vermilion and blue of Okabe and Ito's palette: told apart with every kind of colour vision.
 FOR, AGAINST = "#d55e00", "#0072b2"
+RIGHT, NEUTRAL = "#009e73", "#8a8f98"
 _INK = "#010203"  # stands for the colour of the page's text
 
 
-def histogram(groups: Sequence[tuple[str, Array, str]], label: str, log: bool = False) -> str:
+def histogram(groups: Sequence[tuple[str, Array, str]], label: str) -> str:
     """Stacked histograms: name, values and colour of each group."""
     groups = [group for group in groups if len(group[1])]
     figure, axis = _axes()
     values = [np.asarray(group[1], float) for group in groups]
     everything = np.concatenate(values) if values else np.zeros(1)
-    if log:
-        least = max(float(everything[everything > 0].min(initial=1)), 1e-12)
-        bins = np.geomspace(least, max(float(everything.max()), least * 1.01), 25)
-        axis.set_xscale("log")
-        values = [np.clip(v, least, None) for v in values]
-    else:
-        low, high = float(everything.min()), float(everything.max())
-        bins = np.linspace(low, high if high > low else low + 1e-3, 25)
-    axis.hist(
-        values, bins, stacked=True, color=[g[2] for g in groups], label=[g[0] for g in groups]
-    )
+    low, high = float(everything.min()), float(everything.max())
+    bins = np.linspace(low, high if high > low else low + 1e-3, 25).tolist()
+    colours, names = [group[2] for group in groups], [group[0] for group in groups]
+    axis.hist(values, bins, stacked=True, color=colours, label=names)
+    axis.ticklabel_format(axis="x", scilimits=(-3, 3))
     axis.set_xlabel(label)
     axis.set_ylabel("samples")
     if len(groups) > 1:
@@ -44,7 +39,7 @@ def histogram(groups: Sequence[tuple[str, Array, str]], label: str, log: bool = 
 def bars(names: Sequence[str], values: Sequence[float], label: str) -> str:
     """Horizontal bars, the first on top."""
     figure, axis = _axes(0.7 + 0.22 * len(names))
-    axis.barh(range(len(names)), values, color=[FOR if v >= 0 else AGAINST for v in values])
+    axis.barh(range(len(names)), values, color=NEUTRAL)
     axis.set_yticks(range(len(names)), [name[-28:] for name in names])
     axis.invert_yaxis()
     axis.set_xlabel(label)
@@ -74,5 +69,6 @@ def _axes(height: float = 2.4) -> tuple[Figure, matplotlib.axes.Axes]:
         axis.spines[side].set_color(_INK)
     axis.tick_params(colors=_INK, which="both", labelsize=8)
     axis.xaxis.label.set_color(_INK)
+    axis.xaxis.get_offset_text().set_color(_INK)
     axis.yaxis.label.set_color(_INK)
     return figure, axis

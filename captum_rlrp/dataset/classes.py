@@ -19,7 +19,7 @@ _PIXELS = 112
 def class_summaries(stored: StoredRun, right: Array, known: Array) -> list[dict[str, Any]]:
     """One entry per class that was explained, the most frequent first."""
     numbers, counts = np.unique(stored.target, return_counts=True)
-    chosen = numbers[counts.argsort(kind="stable")[::-1]][:MOST]
+    chosen = numbers[(-counts).argsort(kind="stable")][:MOST]
     means = _mean_maps(stored, chosen) if stored.kind == "image" else {}
     apart = _apart(stored, chosen)
     summaries = []

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from .charts import AGAINST, FOR, bars, histogram
+from .charts import FOR, NEUTRAL, RIGHT, bars, histogram
 from .classes import class_summaries
 from .pictures import heat_uri, picture_uri
 from .store import Array, StorageError
@@ -227,15 +227,15 @@ def _charts(stored: StoredRun, first: Array, right: Array, wrong: Array) -> list
     groups = [
         (name, confidence[first][chosen[first]], colour)
         for name, chosen, colour in (
-            ("right", right, AGAINST),
+            ("right", right, RIGHT),
             ("wrong", wrong, FOR),
-            ("no label", unknown, "#8a8f98"),
+            ("no label", unknown, NEUTRAL),
         )
     ]
     charts = [
         ("Confidence of the predictions", histogram(groups, "probability of the likeliest class")),
-        ("Relevance that reaches the input", histogram([("", stored.mass, AGAINST)], "Σ|R|")),
-        ("Conservation", histogram([("", stored.delta, AGAINST)], "largest violation", log=True)),
+        ("Relevance that reaches the input", histogram([("", stored.mass, NEUTRAL)], "Σ|R|")),
+        ("Conservation", histogram([("", stored.delta, NEUTRAL)], "largest violation")),
     ]
     names = stored.names("mass")
     if len(names) > 1:

@@ -143,6 +143,7 @@ def explain_dataset(
         run.about = {
             "class_names": list(shown.class_names or ()),
             "feature_names": list(shown.feature_names or ()),
+            "layer_order": [n for n, _ in model.named_modules() if n in {*layers, *channels}],
             "command": shlex.join(sys.argv),
             "started": _now(),
             **(about or {}),

@@ -68,13 +68,13 @@ class StoredRun:
         return values / np.float32(stored.attrs.get("scale", 1))
 
     def names(self, group: Literal["layers", "channels", "mass"]) -> list[str]:
-        """The layers of which this is kept, as they were asked for."""
+        """The layers of which this is kept, as they stand in the model."""
         if group not in self.file:
             return []
         kept: list[str] = []
         self.file[group].visititems(lambda name, item: kept.append(name))
-        asked = ["input", *self.run.depends["layers"], *self.run.depends["channels"]]
-        place = {name: i for i, name in reversed(list(enumerate(asked)))}
+        order = ["input", *self.run.about.get("layer_order", ())]
+        place = {name: i for i, name in enumerate(order)}
         return sorted(kept, key=lambda name: (place.get(name.split("#")[0], len(place)), name))
 
     def class_name(self, number: int) -> str:

@@ -116,7 +116,7 @@ function barRows(rows, signed = true) {
     box.replaceChildren(...rows.flatMap(([name, r, text]) => {
       const length = signed ? strength(r, largest, { ...how, gain: 1 }) : r / largest;
       return [element("span", {}, name),
-        element("i", { class: signed && r > 0 ? "for" : "", style: `width: ${100 * length}%` }),
+        element("i", { class: signed ? (r > 0 ? "for" : "against") : "", style: `width: ${100 * length}%` }),
         element("b", {}, text ?? r.toPrecision(3))];
     }));
   };

@@ -145,7 +145,7 @@ async function showClasses() {
     for (const [layer, units] of summary.units) {
       const name = (u) => (layer === "input" ? featureName(u) : `channel ${u}`);
       part.append(section(`Apart from all others: ${layer}`,
-        barRows(units.map(([u, d, p]) => [`${name(u)} (p = ${p})`, d]))));
+        barRows(units.map(([u, d, p]) => [`${name(u)}, p ${p < 1e-4 ? "< 0.0001" : `= ${p}`}`, d]))));
     }
     return part;
   });
