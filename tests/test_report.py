@@ -143,6 +143,17 @@ def test_a_table(tmp_path: Path) -> None:
     assert sizes == sorted(sizes, reverse=True)
 
 
+def test_without_labels_or_inputs(tmp_path: Path) -> None:
+    images = torch.stack([Pictures()[i][0] for i in range(6)])
+    options = {"batch_size": 6, "progress": False, "shown": Shown(keep_inputs=False)}
+    explain_dataset(build(), TensorDataset(images), tmp_path, **options)
+    page = build_report(tmp_path)
+    assert data_of(page)["rows"]["label"] == [-1] * 6
+    assert data_of(page, "chunk-thumbs-00000")[0][0] is None
+    assert "<dd>no labels</dd>" in page.read_text("utf-8")
+    assert not (tmp_path / "project.yaml").exists()  # ViRelAy shows inputs
+
+
 def test_out_of_order(run: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot be written"):

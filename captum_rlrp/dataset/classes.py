@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .pictures import block_sums, heat_uri
+from .pictures import heat_uri, reduced
 from .store import Array
 from .stored import StoredRun
 
@@ -51,8 +51,7 @@ def _mean_maps(stored: StoredRun, classes: Array) -> dict[int, Array]:
         for offset, heat in enumerate(maps):
             number = int(stored.target[start + offset])
             if number in wanted:
-                side = -(-max(heat.shape) // _PIXELS)
-                small = block_sums(heat, side) if side > 1 else heat
+                small = reduced(heat, _PIXELS)
                 sums[number] = sums[number] + small if number in sums else small.astype(float)
                 counts[number] = counts.get(number, 0) + 1
     return {number: total / counts[number] for number, total in sums.items()}

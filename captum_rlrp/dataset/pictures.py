@@ -37,15 +37,24 @@ def heat_uri(relevance: Array, pixels: int) -> tuple[str, float, float]:
     Returns:
         The URI, the largest |r|, and the 99th percentile of |r|, at which colours saturate.
     """
-    height, width = relevance.shape
-    longest = max(height, width)
-    if longest > pixels:
-        relevance = block_sums(relevance, -(-longest // pixels))
+    relevance = reduced(relevance, pixels)
     largest = float(np.abs(relevance).max()) or 1.0
     saturated = float(np.quantile(np.abs(relevance), 0.99)) or largest
     level = np.sign(relevance) * np.sqrt(np.abs(relevance) / largest)
     image = Image.fromarray(np.round(128 + 127 * level).astype(np.uint8))
     return uri(image, "PNG"), largest, saturated
+
+
+def saturation(relevance: Array, pixels: int) -> float:
+    """Where colours saturate, per unit of the whole picture's area: it fits maps of any size."""
+    small = reduced(relevance, pixels)
+    return float(np.quantile(np.abs(small), 0.99)) * small.size
+
+
+def reduced(relevance: Array, pixels: int) -> Array:
+    """At most so large."""
+    longest = max(relevance.shape)
+    return block_sums(relevance, -(-longest // pixels)) if longest > pixels else relevance
 
 
 def block_sums(values: Array, side: int) -> Array:

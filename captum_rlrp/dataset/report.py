@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import InputError
 from .charts import FOR, NEUTRAL, RIGHT, bars, histogram
 from .classes import class_summaries
-from .pictures import heat_uri, picture_uri
+from .pictures import heat_uri, picture_uri, saturation
 from .store import Array, StorageError
 from .stored import StoredRun, softmax
 
@@ -203,7 +203,7 @@ def _report(stored: StoredRun, count: int, right: Array, known: Array) -> dict[s
         "saturated": _short(_typical(stored)),
         "rows": {
             "name": stored.name[part].tolist(),
-            "label": np.where(known, stored.label, -1)[part].tolist(),
+            "label": np.where(known, stored.label.astype(int), -1)[part].tolist(),
             "target": stored.target[part].tolist(),
             "predicted": stored.predicted[part].tolist(),
             "confidence": [round(float(c), 4) for c in stored.confidence[part]],
@@ -215,10 +215,10 @@ def _report(stored: StoredRun, count: int, right: Array, known: Array) -> dict[s
 
 
 def _typical(stored: StoredRun) -> float:
-    """At which colours saturate on one scale for all: the middle one of some samples'."""
+    """At which colours saturate on one scale for all: the middle of some samples' own."""
     some = stored.rows("attribution", 0, min(len(stored), 64))
     if stored.kind == "image":
-        return float(np.median([heat_uri(r.sum(0), THUMBNAIL)[2] for r in some]))
+        return float(np.median([saturation(r.sum(0), THUMBNAIL) for r in some]))
     return float(np.median(np.abs(some.reshape(len(some), -1)).max(1)))
 
 

@@ -11,6 +11,7 @@ function look() {
     gain: 10 ** (value("contrast", 0) / 20),
     sign: value("sign", "both"),
     scale: value("scale", "own"),
+    cells: Number(value("grain", 1000)),
     forColour: rgb(css("--for")),
     againstColour: rgb(css("--against")),
     paper: rgb(css("--card")),
@@ -41,28 +42,47 @@ function decoded(uri) {
   return pixelsOf.get(uri);
 }
 
-// A heat map (data URI, largest value, where colours saturate) as numbers.
-async function values(heat) {
+// A heat map (data URI, largest value, where colours saturate) as relevance per unit of the picture's
+// area, averaged over cells if they are asked to be few.
+async function values(heat, cells = 1000) {
   const { data, width, height } = await decoded(heat[0]);
-  const result = new Float32Array(width * height);
-  for (let i = 0; i < result.length; i++) {
+  const numbers = new Float32Array(width * height);
+  for (let i = 0; i < numbers.length; i++) {
     const level = (data[4 * i] - 128) / 127;
-    result[i] = Math.sign(level) * level * level * heat[1];
+    numbers[i] = Math.sign(level) * level * level * heat[1] * width * height;
   }
-  return { numbers: result, width, height };
+  const side = Math.max(1, Math.round(Math.max(width, height) / cells));
+  const fine = { numbers, width, height, saturated: heat[2] * width * height };
+  return side > 1 ? averaged(fine, side) : fine;
+}
+
+function averaged({ numbers, width, height }, side) {
+  const columns = Math.ceil(width / side), lines = Math.ceil(height / side);
+  const sums = new Float32Array(columns * lines), counts = new Float32Array(columns * lines);
+  for (let y = 0, i = 0; y < height; y++) {
+    for (let x = 0; x < width; x++, i++) {
+      const cell = Math.floor(y / side) * columns + Math.floor(x / side);
+      sums[cell] += numbers[i];
+      counts[cell]++;
+    }
+  }
+  const means = sums.map((sum, cell) => sum / counts[cell]);
+  const sizes = means.map(Math.abs).sort();
+  const saturated = sizes[Math.floor(0.99 * (sizes.length - 1))] || sizes[sizes.length - 1];
+  return { numbers: means, width: columns, height: lines, saturated, side };
 }
 
 // The heat map over the picture, or on the page's colour where there is none.
 async function paint(canvas, picture, heat, common) {
-  const [map, under] = await Promise.all([values(heat), picture ? decoded(picture) : null]);
   const how = look();
+  const [map, under] = await Promise.all([values(heat, how.cells), picture ? decoded(picture) : null]);
   const size = under ?? map;
   canvas.width = size.width;
   canvas.height = size.height;
   canvas.classList.toggle("coarse", size.width <= 64);
   const context = canvas.getContext("2d");
   const out = context.createImageData(size.width, size.height);
-  const saturated = how.scale === "all" && common ? common : heat[2];
+  const saturated = how.scale === "all" && common ? common : map.saturated;
   const opacity = picture ? how.opacity : 1;
   for (let y = 0, i = 0; y < size.height; y++) {
     const row = Math.floor((y * map.height) / size.height) * map.width;

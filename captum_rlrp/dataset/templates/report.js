@@ -109,7 +109,7 @@ async function showSample(row) {
   const verdict = isRight(row);
   $("sample").replaceChildren(
     element("p", {}, `Predicted: ${className(rows.predicted[row])} (${percent(rows.confidence[row])})` +
-      (verdict === null ? "" : verdict ? ", right. " : `, wrong: it is ${className(rows.label[row])}. `) +
+      (verdict === null ? ". " : verdict ? ", right. " : `, wrong: it is ${className(rows.label[row])}. `) +
       ` Explained: ${className(rows.target[row])}. Σ|R| = ${rows.mass[row]}, conservation error ${rows.delta[row].toExponential(1)}.`),
     relevanceOf(row, detail),
     element("div", { class: "columns" },
