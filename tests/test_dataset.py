@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
+import os
 import resource
 import shutil
 import signal
@@ -12,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,6 +24,7 @@ from captum_rlrp import InputError, LayerRelativeLRP, RelativeLRP
 from captum_rlrp.dataset.runner import explain_dataset
 from captum_rlrp.dataset.shown import Shown
 from captum_rlrp.dataset.store import Run, StorageError, merge
+from captum_rlrp.dataset.stored import StoredRun
 
 from .dataset_samples import CLASSES, Pictures, Reader, build
 
@@ -258,6 +262,23 @@ def test_a_file_that_may_not_grow_is_said(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, previous)
     assert not shards(tmp_path / "full")
+
+
+def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
+    path = explain(tmp_path, Pictures(160), shard_size=4)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        used = set(map(int, os.listdir("/proc/self/fd")))
+        free = itertools.islice((i for i in itertools.count() if i not in used), 25)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(free), limits[1]))
+        stored = StoredRun(tmp_path)
+        parts = [stored.rows("attribution", i, i + 16) for i in range(0, 160, 16)]
+        stored.close()
+        assert all(np.abs(part).sum((1, 2, 3)).min() > 0.1 for part in parts)
+        with h5py.File(path) as file:  # all at once: what HDF5 cannot open is not taken for 0
+            assert np.isnan(file["attribution"][:]).any()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_folder_of_no_run(tmp_path: Path) -> None:

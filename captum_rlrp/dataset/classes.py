@@ -16,11 +16,16 @@ UNITS = 8  # channels of each layer
 _PIXELS = 112
 
 
-def class_summaries(stored: StoredRun, right: Array, known: Array) -> list[dict[str, Any]]:
-    """One entry per class that was explained, the most frequent first."""
+def class_summaries(
+    stored: StoredRun, right: Array, known: Array, count: int
+) -> list[dict[str, Any]]:
+    """One entry per class that was explained, the most frequent first.
+
+    Mean maps are of the first `count` rows: of all, they would read the whole run.
+    """
     numbers, counts = np.unique(stored.target, return_counts=True)
     chosen = numbers[(-counts).argsort(kind="stable")][:MOST]
-    means = _mean_maps(stored, chosen) if stored.kind == "image" else {}
+    means = _mean_maps(stored, chosen, count) if stored.kind == "image" else {}
     apart = _apart(stored, chosen)
     summaries = []
     for number in chosen.tolist():
@@ -41,13 +46,13 @@ def class_summaries(stored: StoredRun, right: Array, known: Array) -> list[dict[
     return summaries
 
 
-def _mean_maps(stored: StoredRun, classes: Array) -> dict[int, Array]:
-    """Mean over each class's rows of the heat map at the input."""
+def _mean_maps(stored: StoredRun, classes: Array, count: int) -> dict[int, Array]:
+    """Mean over each class's rows, of the first so many, of the heat map at the input."""
     sums: dict[int, Array] = {}
     counts: dict[int, int] = {}
     wanted = set(classes.tolist())
-    for start in range(0, len(stored), 64):
-        maps = stored.rows("attribution", start, start + 64).sum(1)
+    for start in range(0, count, 64):
+        maps = stored.rows("attribution", start, min(start + 64, count)).sum(1)
         for offset, heat in enumerate(maps):
             number = int(stored.target[start + offset])
             if number in wanted:

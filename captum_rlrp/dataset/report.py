@@ -210,7 +210,7 @@ def _report(stored: StoredRun, count: int, right: Array, known: Array) -> dict[s
             "mass": [_short(m) for m in stored.mass[part]],
             "delta": [_short(d, 2) for d in stored.delta[part]],
         },
-        "summaries": class_summaries(stored, right & known, known),
+        "summaries": class_summaries(stored, right & known, known, count),
     }
 
 

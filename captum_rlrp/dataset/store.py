@@ -294,7 +294,9 @@ def _link_rows(h5py: Any, file: Any, name: str, parts: Sequence[_Part]) -> None:
             f"shards/{part.path.name}", name, shape, dtype
         )
         begin += part.rows
-    made = file.create_virtual_dataset(name, layout)
+    # HDF5 reads a source that it cannot open as this value: not as 0, which would look like one.
+    missing = np.nan if dtype.kind == "f" else None
+    made = file.create_virtual_dataset(name, layout, fillvalue=missing)
     if dtype == np.float16:
         made.attrs["scale"] = SCALE["float16"]
 

@@ -62,7 +62,11 @@ class StoredRun:
         return "text" if "tokens" in self.data else "table"
 
     def rows(self, name: str, start: int, stop: int) -> Array:
-        """Relevance of some rows, as shares, whatever it is stored as."""
+        """Relevance of some rows, as shares, whatever it is stored as.
+
+        The data set is opened anew, which closes the shards that were read before: HDF5 keeps
+        open all that an open one has touched.
+        """
         stored = self.file[name]
         values = stored[start:stop].astype(np.float32)
         return values / np.float32(stored.attrs.get("scale", 1))
