@@ -192,3 +192,5 @@ def test_text(tmp_path: Path, visit: Visit) -> None:
     spans = page.locator("#sample .tokens span")
     assert spans.all_inner_texts() == [words[i] for i in tokens[0]]
     assert page.locator("#sample .tokens .for, #sample .tokens .against").count() > 0
+    page.set_viewport_size({"width": 330, "height": 700})  # the words wrap
+    assert page.evaluate("document.documentElement.scrollWidth") <= 330

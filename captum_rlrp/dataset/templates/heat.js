@@ -115,13 +115,13 @@ function tokenLine(pairs, common) {
   line.redraw = () => {
     const how = look();
     const largest = how.scale === "all" && common ? common : Math.max(...pairs.map(([, r]) => Math.abs(r)));
-    line.replaceChildren(...pairs.map(([word, r]) => {
+    line.replaceChildren(...pairs.flatMap(([word, r]) => {
       const share = strength(r, largest, how);
       const side = share < 0.05 ? "" : r > 0 ? "for" : "against";
       const colour = r > 0 ? how.forColour : how.againstColour;
-      return element("span", { class: side, title: r.toPrecision(3),
-        style: `background: rgba(${colour},${(0.55 * share).toFixed(3)})` }, word);
-    }), "");
+      return [element("span", { class: side, title: r.toPrecision(3),
+        style: `background: rgba(${colour},${(0.55 * share).toFixed(3)})` }, word), " "];
+    }));
   };
   line.redraw();
   return line;
