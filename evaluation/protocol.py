@@ -126,4 +126,42 @@ TINY = Protocol(
     depths=("resnet18",),
 )
 
+
+@dataclass(frozen=True)
+class Real:
+    """What is measured on really trained networks, and on which pictures. Fixed before the runs.
+
+    * Pictures that the network names rightly with more than `confidence`, in an order drawn once.
+      The first `choice` of them serve to choose between laws, the next `report` for the report.
+    * Maps are signed and summed over colours, then over patches of `patch` pixels a side.
+    * SRG: the mean, over the parts j/`steps` that are replaced, of the target's probability when
+      the least relevant patches go first, less the same when the most relevant go first. Replaced
+      by the blurred picture (Gaussian of `sigma` pixels, reflected at the border), or by its mean.
+    * Grid pointing game (Böhle et al. 2021): mosaics of 2×2 whole pictures of different classes,
+      each class asked for in turn; the part of the positive relevance that lies in its cell. 0
+      where nothing is positive; chance is 0.25.
+    * Sentences: the part of SRG's curve is the cosine similarity to the other sentence of the pair
+      when tokens are taken out, all but the first and the last, which are marks.
+    * Intervals: 95 %, bootstrap over pictures (mosaics, sentences). Tests: Wilcoxon's signed-rank
+      test over the same, two-sided, against EpsilonPlus (integrated gradients for sentences).
+    """
+
+    network: str
+    confidence: float
+    choice: int
+    report: int
+    mosaics: int  # of the pictures of either part
+    sigma: float
+    patch: int
+    steps: int
+
+
+REAL = (
+    Real("lite0", 0.7, choice=64, report=128, mosaics=16, sigma=12, patch=16, steps=6),
+    Real("resnet20", 0.9, choice=96, report=192, mosaics=24, sigma=4, patch=2, steps=9),
+    Real("resnet32", 0.9, choice=96, report=192, mosaics=24, sigma=4, patch=2, steps=9),
+    Real("vgg", 0.7, choice=96, report=192, mosaics=24, sigma=4, patch=2, steps=9),
+)
+SENTENCE_STEPS = 6
+
 PROTOCOLS = {protocol.name: protocol for protocol in (REDUCED, FULL, TINY)}
