@@ -62,11 +62,11 @@ class Shares(Function):
             x = torch.ones_like(x)
             w = {"flat": torch.ones_like(w), "|w|": w.abs(), "w²": w * w}[law.first]
         if law.divisor == "squares":
-            x, w, negative_ = x * x, w * w, 1.0
+            x, w = x * x, w * w
             by = apply(x, w)
             return x * transpose(apply, x, w, divide(r, by)), *[None] * 7
         by = apply(x.abs(), w.abs())
-        if law.divisor == "positive":  # Σc⁺; what rounding leaves of it is 0
+        if law.divisor == "positive" and negative == 0:  # Σc⁺; what rounding leaves of it is 0
             positive = (by + apply(x, w)) / 2
             by = torch.where(positive < 1e-6 * by, 0, positive)
         if law.divisor == "bias" and b is not None:
@@ -131,8 +131,8 @@ class Start(Function):
 
 NEVER = 10**9  # a break that does not come
 
-ACTIVATIONS = {"relu", "relu_", "gelu", "silu", "sigmoid", "tanh", "hardswish", "hardtanh", "relu6",
-               "leaky_relu", "elu", "clamp", "layer_norm", "group_norm", "instance_norm"}  # fmt: skip
+ACTIVATIONS = {"relu", "relu_", "gelu", "silu", "sigmoid", "tanh", "hardswish", "hardtanh",
+               "relu6", "leaky_relu", "elu", "clamp", "layer_norm", "group_norm", "instance_norm"}  # fmt: skip
 ONE_TO_ONE = {"batch_norm", "dropout", "softmax", "log_softmax", "sigmoid_"}
 ADDITIONS = {"add", "add_", "sub", "sub_", "rsub", "__radd__", "__rsub__", "__add__"}
 FACTORS = {"mul", "mul_", "div", "div_", "__rmul__", "__mul__", "neg"}

@@ -30,6 +30,11 @@ class Subject:
     labels: Tensor
     mosaics: Tensor  # (N, 4): numbers of pictures of different classes
 
+    def first(self, count: int, mosaics: int) -> Subject:
+        """The first pictures and mosaics only."""
+        few = quadruples(self.labels[:count])[:mosaics]
+        return Subject(self.protocol, self.network, self.inputs[:count], self.labels[:count], few)
+
 
 @torch.no_grad()
 def subject(protocol: Real, part: str, weights: Path, folder: Path) -> Subject:
@@ -61,17 +66,18 @@ def quadruples(labels: Tensor) -> Tensor:
         left = [index for index in left if index not in chosen]
 
 
-def figures(explain: Explain, of: Subject) -> Figures:
+def figures(explain: Explain, of: Subject, by_mean: bool = True) -> Figures:
     """SRG by blur and by mean for each picture, the grid's share for each mosaic."""
     blocks = zip(of.inputs.split(BLOCK), of.labels.split(BLOCK), strict=True)
     maps = torch.cat([explain(x, target).detach() for x, target in blocks])
-    mean = of.inputs.mean((2, 3), keepdim=True).expand_as(of.inputs)
-    blurred = smooth(of.inputs, of.protocol.sigma)
-    return {
-        "srg": gain(of, maps, blurred).tolist(),
-        "srg_mean": gain(of, maps, mean).tolist(),
+    found = {
+        "srg": gain(of, maps, smooth(of.inputs, of.protocol.sigma)).tolist(),
         "grid": [grid(explain, of, chosen) for chosen in of.mosaics],
     }
+    if by_mean:
+        mean = of.inputs.mean((2, 3), keepdim=True).expand_as(of.inputs)
+        found["srg_mean"] = gain(of, maps, mean).tolist()
+    return found
 
 
 @torch.no_grad()

@@ -199,6 +199,14 @@ def flipping(
     }
 
 
+def abpc(
+    network: nn.Module, x: Tensor, labels: Tensor, maps: Tensor, protocol: Protocol
+) -> list[float]:
+    """LeRF minus MoRF area of every sample, elements replaced by 0."""
+    curves = flipping(network, x, labels, maps, protocol)
+    return (measures.area(curves["lerf"]) - measures.area(curves["morf"])).tolist()
+
+
 def numbers(values: Tensor) -> list[float | None]:
     """Six digits are plenty; what is not finite is null in JSON."""
     return [
