@@ -32,10 +32,12 @@ class Law:
     pointwise: float | None = None  # in 1×1 convolutions; None: as in spatial maps
     depthwise: float | None = None  # in convolutions with one input channel for each group
     pool: float | None = None  # in average pooling, means and sums
+    relative: bool = False  # signs are those of c to the output y: c supports y if both agree
     divisor: str = "absolute"  # Σ|c|; "positive": Σc⁺; "bias": Σ|c| + |b|; "squares": Σc²
     first: str = "x"  # the first map's contributions; "flat", "|w|", "w²": without x
     winner: bool = True  # max pooling: all to the winner; otherwise shares of the window
-    sums: str = "absolute"  # sums of activations; "half"
+    sums: str = "absolute"  # sums of activations; "half"; "signed": a over the sum, relative;
+    #                         "norm": Σ|a| over features against Σ|b|
     final: str = "section"  # signed from the last non-linearity on; "layer": the layer's own law;
     #                         "dense": signed product from the last map that is not dense on
     unit: str = "one"  # relevance starts with one; "contrast": less softmax of the others
@@ -50,13 +52,13 @@ class Shares(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, *how: Any) -> Tensor:
-        ctx.save_for_backward(x, w, b)
+        ctx.save_for_backward(x, w, b, y)
         ctx.how = how
         return y.clone()
 
     @staticmethod
     def backward(ctx: Any, r: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, b = ctx.saved_tensors
+        x, w, b, y = ctx.saved_tensors
         apply, negative, law, is_first = ctx.how
         if is_first and law.first != "x":
             x = torch.ones_like(x)
@@ -66,6 +68,8 @@ class Shares(Function):
             by = apply(x, w)
             return x * transpose(apply, x, w, divide(r, by)), *[None] * 7
         by = apply(x.abs(), w.abs())
+        if law.divisor.startswith("root") and (negative == -1 or law.divisor == "root"):
+            by = apply(x * x, w * w).sqrt()
         if law.divisor == "positive" and negative == 0:  # Σc⁺; what rounding leaves of it is 0
             positive = (by + apply(x, w)) / 2
             by = torch.where(positive < 1e-6 * by, 0, positive)
@@ -76,7 +80,8 @@ class Shares(Function):
         if negative != -1:
             out = out + (1 + negative) / 2 * x.abs() * transpose(apply, x, w.abs(), s)
         if negative != 1:
-            out = out + (1 - negative) / 2 * x * transpose(apply, x, w, s)
+            signed = s * y.sign() if law.relative else s
+            out = out + (1 - negative) / 2 * x * transpose(apply, x, w, signed)
         return out, *[None] * 7
 
 
@@ -98,20 +103,29 @@ class Through(Function):
 
 
 class Sum(Function):
-    """Relevance in proportion to |a| and |b|."""
+    """Relevance in proportion to |a| and |b|, or as the law has it."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, y: Tensor, half: bool) -> Tensor:
-        ctx.save_for_backward(a, b)
-        ctx.half = half
+    def forward(ctx: Any, a: Tensor, b: Tensor, y: Tensor, how: str) -> Tensor:
+        ctx.save_for_backward(a, b, y)
+        ctx.how = how
         return y.clone()
 
     @staticmethod
     def backward(ctx: Any, r: Tensor) -> tuple[Tensor | None, ...]:
-        a, b = (v.abs() for v in ctx.saved_tensors)
-        both = a + b
-        share = torch.where((both == 0) | ctx.half, 0.5, a / both)
-        return (r * share).sum_to_size(a.shape), (r * (1 - share)).sum_to_size(b.shape), None, None
+        a, b, y = ctx.saved_tensors
+        size_a, size_b = a.abs(), b.abs()
+        if ctx.how == "half":
+            size_a, size_b = torch.ones_like(a), torch.ones_like(b)
+        elif ctx.how == "norm":
+            axes = 1 if a.dim() == 4 else -1
+            size_a, size_b = size_a.sum(axes, keepdim=True), size_b.sum(axes, keepdim=True)
+        both = size_a + size_b
+        share_a = torch.where(both == 0, 0.5, size_a / both)
+        share_b = 1 - share_a
+        if ctx.how == "signed":
+            share_a, share_b = share_a * a.sign() * y.sign(), share_b * b.sign() * y.sign()
+        return (r * share_a).sum_to_size(a.shape), (r * share_b).sum_to_size(b.shape), None, None
 
 
 class Start(Function):
@@ -132,7 +146,8 @@ class Start(Function):
 NEVER = 10**9  # a break that does not come
 
 ACTIVATIONS = {"relu", "relu_", "gelu", "silu", "sigmoid", "tanh", "hardswish", "hardtanh",
-               "relu6", "leaky_relu", "elu", "clamp", "layer_norm", "group_norm", "instance_norm"}  # fmt: skip
+               "relu6", "leaky_relu", "elu", "clamp", "layer_norm", "group_norm",
+               "instance_norm"}  # fmt: skip
 ONE_TO_ONE = {"batch_norm", "dropout", "softmax", "log_softmax", "sigmoid_"}
 ADDITIONS = {"add", "add_", "sub", "sub_", "rsub", "__radd__", "__rsub__", "__add__"}
 FACTORS = {"mul", "mul_", "div", "div_", "__rmul__", "__mul__", "neg"}
@@ -289,9 +304,9 @@ class Tracer(TorchFunctionMode):
             return Through.apply(active[0], y)
         a, b = active
         if name in ADDITIONS:
-            return Sum.apply(a, b, y, self.law.sums == "half")
+            return Sum.apply(a, b, y, self.law.sums)
         if a.shape == b.shape and name not in {"div", "div_"}:
-            return Sum.apply(a, b, y, True)
+            return Sum.apply(a, b, y, "half")
         return Through.apply(a if a.numel() >= b.numel() else b, y)  # the other one is a gate
 
 

@@ -157,7 +157,7 @@ class Real:
 
 
 REAL = (
-    Real("lite0", 0.7, choice=64, report=128, mosaics=16, sigma=12, patch=16, steps=6),
+    Real("lite0", 0.7, choice=64, report=48, mosaics=8, sigma=12, patch=16, steps=6),
     Real("resnet20", 0.9, choice=96, report=192, mosaics=24, sigma=4, patch=2, steps=9),
     Real("resnet32", 0.9, choice=96, report=192, mosaics=24, sigma=4, patch=2, steps=9),
     Real("vgg", 0.7, choice=96, report=192, mosaics=24, sigma=4, patch=2, steps=9),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evaluation import real, real_measures, run
 from evaluation.laws import Law, attribute
@@ -41,6 +41,34 @@ TRIALS: dict[str, Law] = {
     "sums: halves": Law(sums="half"),
     "final section: last layer only": Law(final="layer"),
     "final section: all dense layers": Law(final="dense"),
+    "relative signs": Law(relative=True),
+    "relative signs, last layer only": Law(relative=True, final="layer"),
+    "relative signs, last layer only, signed pools": Law(relative=True, final="layer", pool=-1),
+    "relative signs, halves": Law(relative=True, sums="half"),
+    "relative signs, last layer only, halves": Law(relative=True, final="layer", sums="half"),
+    "relative signs, last layer only, signed sums": Law(
+        relative=True, final="layer", sums="signed"
+    ),
+    "relative signs, last layer only, norms": Law(relative=True, final="layer", sums="norm"),
+    "relative signs, signed sums": Law(relative=True, sums="signed"),
+    "relative signs, norms": Law(relative=True, sums="norm"),
+    "last layer only, halves": Law(final="layer", sums="half"),
+    "norms": Law(sums="norm"),
+    "last layer only, norms": Law(final="layer", sums="norm"),
+    "last layer only, dense unsigned": Law(final="layer", dense=1),
+    "all dense, spatial −1/3": Law(final="dense", spatial=-1 / 3),
+    "all dense, spatial −1/2": Law(final="dense", spatial=-1 / 2),
+    "all dense, spatial −0.8": Law(final="dense", spatial=-0.8),
+    "all dense, spatial positive over their sum": Law(final="dense", spatial=0, divisor="positive"),
+    "all dense, spatial positive over absolute": Law(final="dense", spatial=0),
+    "all dense, spatial signed": Law(final="dense", spatial=-1),
+    "all dense, bias": Law(final="dense", divisor="bias"),
+    "all dense, max shares": Law(final="dense", winner=False),
+    "all dense, contrast": Law(final="dense", unit="contrast"),
+    "dense: root of squares": Law(divisor="root dense"),
+    "dense: root of squares, spatial −1/3": Law(divisor="root dense", spatial=-1 / 3),
+    "dense: root of squares, last layer only": Law(divisor="root dense", final="layer"),
+    "spatial positive, dense root": Law(divisor="root dense", spatial=0),
     "start: class less others": Law(unit="contrast"),
 }
 TABLES = ("digits", "breast_cancer")
@@ -73,7 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--laws", nargs="*", help="those whose name holds one of these")
     parser.add_argument("--few", action="store_true", help="half of the pictures, no SRG by mean")
     given = parser.parse_args(arguments)
-    laws = {n: law for n, law in TRIALS.items() if not given.laws or any(s in n for s in given.laws)}
+    laws = {
+        n: law for n, law in TRIALS.items() if not given.laws or any(s in n for s in given.laws)
+    }
     given.results.mkdir(parents=True, exist_ok=True)
     for name in given.only or (*TABLES, "minilm", *(p.network for p in REAL)):
         path = given.results / f"{name}{'-few' * given.few}.json"
@@ -85,16 +115,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stored |= table(name, missing, given.results / "trained")
         elif name == "minilm":
             chosen = list(real.sentences())
-            stored |= {n: real_measures.deletion(by_token(law), chosen) for n, law in missing.items()}
+            stored |= {
+                n: real_measures.deletion(by_token(law), chosen) for n, law in missing.items()
+            }
         else:
             protocol = next(p for p in REAL if p.network == name)
             subject = real_measures.subject(protocol, "choice", given.weights, given.pictures)
             if given.few:
-                subject = subject.first(protocol.choice // 2, protocol.mosaics // 2)
+                subject = subject.first(24, 6)
             for law_name, law in missing.items():
 
-                def explain(x: Tensor, target: Tensor, law: Law = law) -> Tensor:
-                    return attribute(subject.network, x, target, law)
+                def explain(
+                    x: Tensor, target: Tensor, law: Law = law, network: nn.Module = subject.network
+                ) -> Tensor:
+                    return attribute(network, x, target, law)
 
                 stored[law_name] = real_measures.figures(explain, subject, not given.few)
                 path.write_text(json.dumps(stored))
