@@ -29,7 +29,7 @@ from .errors import InputError
 from .graph.capture import CapturedGraph, check_eval_mode, unwrap
 from .graph.layers import layer_calls, leaf_calls, module_names
 from .kernels import get_backend, is_reference_forced
-from .plan.sections import Section
+from .plan.steps import Final
 from .run.engine import Captured, Engine
 from .run.recording import Recordings
 
@@ -563,8 +563,8 @@ def _delta_dtype(x: Tensor) -> torch.dtype:
 
 def _report(captured: Captured) -> None:
     for step in captured.program.plan.steps:
-        if isinstance(step, Section):
-            kind = "pass-through" if step.passes_through else "section"
+        if isinstance(step, Final):
+            kind = "final section"
             what = " → ".join(str(call.target) for _, call in step.links)
         else:
             kind, what = type(step.rule).__name__, str(step.call.target)

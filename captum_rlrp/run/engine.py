@@ -23,11 +23,12 @@ from torch.fx import Node
 
 from ..errors import CaptureError, InputError, NonFiniteError
 from ..graph.capture import CAPTURING, CapturedGraph, capture, check_eval_mode, flatten_arguments
+from ..kernels import reference
 from ..plan.fusion import fuse
 from ..plan.portions import divide, find_portion
-from ..plan.sections import Plan, plan
-from .program import Program, find_non_finite
-from .recording import Recordings, Task
+from ..plan.steps import plan
+from .program import Program, Result, find_non_finite
+from .recording import Begin, Recordings, Task
 
 _CACHED_PROGRAMS = 32
 
@@ -60,9 +61,20 @@ class Remembered(NamedTuple):
 
 @dataclass(frozen=True)
 class Captured:
-    """A program with what must hold for it to be used again."""
+    """A program with what must hold for it to be used again.
+
+    Attributes:
+        program: What runs.
+        plain: The same on the reference kernels, unfused: for numbers that leave float32's range.
+        explained: The explained inputs.
+        wanted: The values whose relevance is asked for.
+        parameters: What the program reads of the model anew at every run.
+        modules: What it took from the model's modules.
+        portion: The most samples that are to go through at a time.
+    """
 
     program: Program
+    plain: Program
     explained: tuple[Node, ...]
     wanted: tuple[Node, ...]
     parameters: tuple[tuple[str, Node, torch.Size, torch.dtype, torch.device], ...]
@@ -105,7 +117,6 @@ class Engine:
         kernels: The backend.
         fuses: Whether the forward may fold and fuse; otherwise it runs as captured.
         layers: Names of the modules whose outputs are asked for; None stands for all leaves.
-        revise: Puts other steps in place of the plan's; for ablations of the method, unfused.
         recordings: CUDA graphs to replay where there are any; None does without.
     """
 
@@ -115,13 +126,11 @@ class Engine:
         kernels: ModuleType,
         fuses: bool = True,
         layers: Sequence[str] | None = (),
-        revise: Callable[[Plan], Plan] | None = None,
         recordings: Recordings | None = None,
     ) -> None:
         self.model = model
         self.layers = layers
-        self.fuses = fuses and revise is None
-        self.revise = revise
+        self.fuses = fuses
         self.recordings = recordings
         self.kernels = kernels
         self._memory = kernels.working_memory()
@@ -241,8 +250,7 @@ class Engine:
         nodes = graph.inputs[:explained]
         taps = wanted(graph, nodes) if wanted else list(nodes)
         made = plan(graph, nodes, taps)
-        if self.revise is not None:
-            made = self.revise(made)
+        plain = Program(graph, made, reference, taps)
         instructions = None
         if self.fuses:
             made, instructions = fuse(graph, made, taps)
@@ -255,7 +263,7 @@ class Engine:
         modules = tuple(map(_remember, self.model.modules()))
         divides = self.fuses and _device(args) == "cpu"
         portion = find_portion(graph, made.layouts) if divides else None
-        return Captured(program, tuple(nodes), tuple(taps), parameters, modules, portion)
+        return Captured(program, plain, tuple(nodes), tuple(taps), parameters, modules, portion)
 
     def _capture_single(
         self, args: Sequence[Any], batch: int, error: CaptureError | None
@@ -315,8 +323,9 @@ class Engine:
                 rows.stop - rows.start,
                 measure_delta,
             )
-            result, sums = self.recordings.run(task) if self.recordings else task.run()
-            self._check_finite(task, sums)
+            result, totals = self.recordings.run(task) if self.recordings else task.run()
+            if not _is_sound(totals, result):
+                result = self._run_wide(replace(task, program=captured.plain))
             parts = []
             for node in captured.wanted:
                 part = result.relevance.get(node)
@@ -327,10 +336,12 @@ class Engine:
                 parts.append(part)
         return Explanation(parts, result.delta)
 
-    def _check_finite(self, task: Task, sums: Tensor) -> None:
-        finite = [math.isfinite(total) for total in sums.tolist()]
-        if all(finite):
-            return
+    def _run_wide(self, task: Task) -> Result:
+        """The same in float64, for relevance that nearly vanishes and values far from 1.
+
+        Raises:
+            NonFiniteError: Where that does not help, naming the cause.
+        """
         for i, x in enumerate(task.values[node] for node in task.explained):
             if x.is_floating_point() and not x.isfinite().all():
                 kind = "NaN" if x.isnan().any() else "infinite values"
@@ -339,14 +350,46 @@ class Engine:
                     f"Input {i} contains {kind} (first in sample {sample}); an explanation needs "
                     "finite inputs. Remove or impute them."
                 )
-        error = find_non_finite(task.program, dict(task.values))
+        error = find_non_finite(task.program, task.values)
         if error is not None:
             raise error
-        if not all(finite[: len(task.floating) + 2]):
+        result, totals = replace(task, begin=_widened(task.begin)).run()
+        if not all(map(math.isfinite, totals.tolist())):
             raise NonFiniteError(
-                "Relevance overflowed although every value of the model is finite: the weights are "
-                "too large for this dtype. Use float64 (model.double(), inputs.double())."
+                "Relevance overflowed although every value of the model is finite: the weights or "
+                "inputs are too large or too small even for float64. Rescale them."
             )
+        for node, r in result.relevance.items():
+            dtype = node.meta["val"].dtype
+            if r is None or not dtype.is_floating_point:
+                continue
+            masses = r.abs().flatten(1).amax(1) if r.dim() > 1 else r.abs()
+            if bool(((masses > 0) & (masses < torch.finfo(dtype).tiny)).any()):
+                raise NonFiniteError(
+                    f"Relevance shrinks to {float(masses.min()):.1e} on its way to the input, less "
+                    f"than {dtype} can hold: contributions cancel in each of very many layers. "
+                    "Use float64 (model.double(), inputs.double())."
+                )
+        return result
+
+
+_RANGE = {torch.float32: (1e-25, 1e30), torch.float64: (0.0, 1e290)}
+
+
+def _is_sound(totals: Tensor, result: Result) -> bool:
+    """Whether all was finite, no divisor too small, and no sample's relevance vanished."""
+    wide = any(r is not None and r.dtype == torch.float64 for r in result.relevance.values())
+    least, most = _RANGE[torch.float64 if wide else torch.float32]
+    numbers = totals.tolist()
+    return all(map(math.isfinite, numbers)) and numbers[-2] >= least and max(numbers) < most
+
+
+def _widened(begin: Begin) -> Begin:
+    def wide(output: Tensor) -> tuple[Tensor, Tensor | None]:
+        start, column = begin(output)
+        return start.double(), column
+
+    return wide
 
 
 def _start_within(start: StartFunction, first: int, output: Tensor, rows: slice) -> Start:
