@@ -38,7 +38,8 @@ class Law:
     winner: bool = True  # max pooling: all to the winner; otherwise shares of the window
     sums: str = "absolute"  # sums of activations; "half"; "signed": a over the sum, relative;
     #                         "norm": Σ|a| over features against Σ|b|
-    final: str = "section"  # signed from the last non-linearity on; "layer": the layer's own law;
+    final: str = "section"  # signed after the last non-linearity, or the mean or sum behind it;
+    #                         "composed": that mean is part of it; "layer": no section at all;
     #                         "dense": signed product from the last map that is not dense on
     unit: str = "one"  # relevance starts with one; "contrast": less softmax of the others
 
@@ -143,7 +144,7 @@ class Start(Function):
         return divide(q, mass)
 
 
-NEVER = 10**9  # a break that does not come
+NEVER = 10**9  # an operation that does not come
 
 ACTIVATIONS = {"relu", "relu_", "gelu", "silu", "sigmoid", "tanh", "hardswish", "hardtanh",
                "relu6", "leaky_relu", "elu", "clamp", "layer_norm", "group_norm",
@@ -154,6 +155,7 @@ FACTORS = {"mul", "mul_", "div", "div_", "__rmul__", "__mul__", "neg"}
 CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"}
 POOLS = {"avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
          "mean", "sum", "interpolate"}  # fmt: skip
+WEIGHTS = CONVOLUTIONS | {"linear", "matmul"}
 PLAIN = {"reshape", "view", "flatten", "permute", "transpose", "__getitem__", "cat", "stack", "pad",
          "squeeze", "unsqueeze", "expand", "contiguous", "chunk", "split", "max_pool1d",
          "max_pool2d", "adaptive_max_pool2d", "to", "float", "double", "type_as", "amax", "clone",
@@ -165,13 +167,15 @@ class Tracer(TorchFunctionMode):
 
     Args:
         law: What to apply.
-        last: The number of the break after which the final section begins. −1: everything does.
+        last: The number of the operation behind which the final section begins. −1: all are in it.
     """
 
     def __init__(self, law: Law, last: int) -> None:
         super().__init__()
         self.law, self.last = law, last
-        self.breaks = 0  # operations so far that end a section
+        self.count = 0  # operations so far
+        self.end = -1  # the last one after which a section begins
+        self.mean = -1  # the last mean or sum: one in front of the last weights ends a section too
         self.maps = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -181,15 +185,17 @@ class Tracer(TorchFunctionMode):
         name = func.__name__
         if name.startswith("__get__") or name in {"size", "dim", "is_floating_point", "numel"}:
             return func(*args, **kwargs)
-        breaks = self.is_break(name, args)
-        in_section = self.breaks > self.last
-        if in_section and not breaks:
+        number, self.count = self.count, self.count + 1
+        if name in POOLS:
+            self.mean = number
+        if self.is_break(name, args):
+            self.end = number
+        elif name in WEIGHTS and self.law.final == "section":
+            self.end = max(self.end, self.mean)
+        if number > self.last:
             return self.plain(func, name, args, kwargs)
         y = self.record(func, name, args, kwargs)
-        self.breaks += breaks
-        if breaks and self.breaks == self.last + 1 and self.law.final != "layer":
-            y = Start.apply(y)
-        return y
+        return Start.apply(y) if number == self.last else y
 
     def is_break(self, name: str, args: Any) -> bool:
         """Whether a section of linear maps ends here."""
@@ -340,8 +346,8 @@ def attribute(
     with torch.enable_grad():
         with count:
             model(leaf)
-        start = leaf if whole or count.breaks else Start.apply(leaf)
-        with Tracer(law, NEVER if whole else count.breaks - 1):
+        start = leaf if whole or count.end >= 0 else Start.apply(leaf)
+        with Tracer(law, NEVER if whole else count.end):
             y = model(start)
         wanted = torch.as_tensor(target).expand(len(y))
         r = F.one_hot(wanted, y.shape[1]).to(y)

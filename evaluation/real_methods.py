@@ -11,7 +11,6 @@ from captum.attr import InputXGradient, IntegratedGradients, LayerGradCam, Salie
 from torch import Tensor, nn
 
 from captum_rlrp import RelativeLRP
-from evaluation import laws
 from evaluation.real import Sentence
 from evaluation.visible import visible
 
@@ -28,10 +27,6 @@ CIFAR_RANGE = (-2.12, 2.64)
 def relative_lrp(name: str, network: nn.Module) -> Explain:
     method = RelativeLRP(network)
     return lambda x, target: method.attribute(x, target=target)
-
-
-def second_implementation(name: str, network: nn.Module) -> Explain:
-    return lambda x, target: laws.attribute(network, x, target)
 
 
 def captum(method: type, **options: int) -> Callable[[str, nn.Module], Explain]:
@@ -94,7 +89,6 @@ def random_map(name: str, network: nn.Module) -> Explain:
 
 METHODS: dict[str, Callable[[str, nn.Module], Explain]] = {
     OURS: relative_lrp,
-    "the law, second implementation": second_implementation,
     "EpsilonPlus": zennit("EpsilonPlus"),
     "EpsilonGammaBox": zennit("EpsilonGammaBox"),
     "α2β1": zennit("EpsilonAlpha2Beta1"),
@@ -138,7 +132,6 @@ def by_token(method: str) -> ByToken:
 
 SENTENCE_METHODS = (
     OURS,
-    "the law, second implementation",
     "integrated gradients",
     "input×gradient",
     "gradient",

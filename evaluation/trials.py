@@ -19,6 +19,7 @@ from evaluation.protocol import REAL, REDUCED
 
 TRIALS: dict[str, Law] = {
     "the law": Law(),
+    "final section: with the mean before it": Law(final="composed"),
     "spatial: negative × −1/3": Law(spatial=-1 / 3),
     "spatial: positive over absolute sum": Law(spatial=0),
     "spatial: positive over their sum": Law(spatial=0, divisor="positive"),
@@ -39,7 +40,7 @@ TRIALS: dict[str, Law] = {
     "squares": Law(divisor="squares"),
     "max pooling: shares": Law(winner=False),
     "sums: halves": Law(sums="half"),
-    "final section: last layer only": Law(final="layer"),
+    "final section: none": Law(final="layer"),
     "final section: all dense layers": Law(final="dense"),
     "relative signs": Law(relative=True),
     "relative signs, last layer only": Law(relative=True, final="layer"),

@@ -75,3 +75,26 @@ def test_relevance_adds_up_and_scales_of_neurons_do_not_matter():
     network[1].weight[0] *= 7
     network[1].bias[0] *= 7
     torch.testing.assert_close(attribute(network, x, 1), found)
+
+
+@pytest.mark.parametrize("mean_first", [True, False])
+def test_mean_beside_the_last_weights(mean_first):
+    """In front of them it has its own law; behind them it is part of the final section."""
+    x = torch.tensor([[[1.0, -3.0], [2.0, 2.0]]], dtype=torch.float64)  # (1, positions, features)
+
+    class Mean(nn.Module):
+        def forward(self, x):
+            y = x.tanh()
+            weight = torch.tensor([[1.0, 2.0]]).double()
+            if mean_first:
+                return nn.functional.linear(y.mean(1), weight)
+            return nn.functional.linear(y, weight).mean(1)
+
+    y = x.tanh()[0]
+    weight = torch.tensor([1.0, 2.0]).double()
+    if mean_first:
+        start = y.mean(0) * weight
+        expected = start / start.abs().sum() * y.abs() / y.abs().sum(0)
+    else:
+        expected = y * weight / (y * weight).abs().sum()
+    torch.testing.assert_close(attribute(Mean(), x, 0)[0], expected)
