@@ -171,4 +171,4 @@ def main(description: str) -> None:
         if not arguments.write:
             jobs = arguments.jobs if arguments.device == "cpu" else 1
             evaluate(protocol, folder, arguments.only, jobs, arguments.device)
-    report.write(protocol, folder, (arguments.out or place) / "evaluation.md", template)
+    report.write(protocol, folder, (arguments.out or place) / "evaluation-small.md", template)

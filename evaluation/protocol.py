@@ -54,11 +54,6 @@ class Protocol:
     stability_samples: int = 2
     cam_side: int = 4  # Grad-CAM reads the deepest layer whose maps are at least this large
 
-    ablations: tuple[tuple[str, str], ...] = (
-        ("cnn", "shapes"),
-        ("vgg19", "cutouts"),
-        ("resnet50", "cutouts"),
-    )
     gallery: int = 3  # first test samples, drawn for the first seed
 
     cancellation: tuple[float, ...] = (1.0, 1e-1, 1e-2, 1e-4, 1e-6)
@@ -100,7 +95,6 @@ FULL = Protocol(
     integration_steps=50,
     smooth_samples=25,
     stability_samples=10,
-    ablations=(("cnn", "shapes"), ("vgg16", "shapes"), ("resnet50", "cutouts")),
     depths=("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
 )
 

@@ -89,7 +89,8 @@ def table(name: str, stored: Stored) -> str:
     found = [f for f in stored.values() if not isinstance(f, str)]
     shown = [measure for measure in MEASURES if measure in found[0]]
     rows, errors = [], []
-    for method, figures in stored.items():
+    for method in [m for m in real_methods.METHODS if m in stored]:
+        figures = stored[method]
         if isinstance(figures, str):
             errors.append(f"* {method} fails: `{figures}`")
             continue
