@@ -1,4 +1,4 @@
-"""Photographs of free licence, explained on EfficientNet-Lite0: ``python -m evaluation.gallery``."""
+"""Free photographs, explained on EfficientNet-Lite0: ``python -m evaluation.gallery``."""
 
 from __future__ import annotations
 
