@@ -51,7 +51,7 @@ def test_cuda_equals_the_float64_reference(
 def test_tf32(name: str, layout: torch.memory_format) -> None:
     """As PyTorch has it by default; conftest.py, which turns it off, sets it back."""
     torch.backends.cudnn.allow_tf32 = True
-    assert apart(name, torch.float32, layout).mean() < 0.05  # single samples: up to 0.041, emulated
+    assert apart(name, torch.float32, layout).max() < 0.05  # up to 0.012, emulated
 
 
 @pytest.mark.parametrize("name", ["resnet50", "densenet121"])
