@@ -107,7 +107,7 @@ def test_open_filter_move_follow(run: Path, tmp_path: Path, visit: Visit) -> Non
     page.fill("#search", "no such name")
     assert page.inner_text("#found") == "0 of 120"
     page.click("#filters button")
-    assert page.inner_text("#found").startswith("120")
+    page.wait_for_function("document.getElementById('found').textContent.startsWith('120')")
 
     before = pixels(page)
     page.fill("#opacity", "0")
