@@ -106,5 +106,6 @@ def table(name: str, stored: Stored) -> str:
             cells.append(f"{values.mean():.3f} ± {(high - low) / 2:.3f}{mark}")
         rows.append(cells)
     count = {measure: len(found[0][measure]) for measure in shown}
-    head = ["method", *(f"{MEASURES[m]} ({count[m]})" for m in shown)]
+    names = {"srg": "token deletion"} if name == "minilm" else MEASURES
+    head = ["method", *(f"{names[m]} ({count[m]})" for m in shown)]
     return "\n\n".join([report.table(head, rows), *(["\n".join(errors)] if errors else [])])
