@@ -36,7 +36,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -341,8 +341,10 @@ def circumstances(args: argparse.Namespace) -> dict[str, Any]:
     machine = f"{processor()}, {len(os.sched_getaffinity(0))} cores"
     if args.device == "cuda":
         machine = f"{torch.cuda.get_device_name()}, {machine}"
-    packages = ("torch", "torchvision", "captum", "zennit")
-    versions = {**{name: version(name) for name in packages}, "captum-rlrp": __version__}
+    versions = {"captum-rlrp": __version__}
+    for name in ("torch", "torchvision", "captum", "zennit"):
+        with contextlib.suppress(PackageNotFoundError):  # a peer that is not there
+            versions[name] = version(name)
     script, arguments = Path(sys.argv[0]).name, shlex.join(sys.argv[1:])
     is_whole = script == "run.py" and not arguments
     return {

@@ -27,7 +27,7 @@ from .graph.form import Form, Output
 from .graph.layers import layer_calls, leaf_calls, module_names, tied_names
 from .inputs import batch_of, check_inputs, named_inputs
 from .kernels import get_backend, is_reference_forced
-from .plan.sections import Section
+from .plan.steps import Final
 from .run.engine import Captured, Engine
 from .run.recording import Recordings
 from .targets import any_target, at_hand, region, several, start_at
@@ -513,8 +513,8 @@ def _delta_dtype(x: Tensor) -> torch.dtype:
 
 def _report(captured: Captured) -> None:
     for step in captured.program.plan.steps:
-        if isinstance(step, Section):
-            kind = "pass-through" if step.passes_through else "section"
+        if isinstance(step, Final):
+            kind = "final section"
             what = " → ".join(str(call.target) for _, call in step.links)
         else:
             kind, what = type(step.rule).__name__, str(step.call.target)

@@ -1,21 +1,12 @@
 // The ops and their signatures; csrc/cpu and csrc/cuda register what they do.
 //
-// A relevance is given as one or two terms t and u, each with a factor per sample. Masses are sums of
-// absolute values per sample. captum_rlrp/kernels/reference.py defines every op.
+// captum_rlrp/kernels/reference.py defines every op.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(captum_rlrp, m) {
-  m.def("product(Tensor x, Tensor g, Tensor? factor) -> (Tensor, Tensor)");
-  m.def("product_(Tensor x, Tensor(a!) g, Tensor? factor) -> Tensor");
-  m.def("accumulate(Tensor t, Tensor? t_factor, Tensor? u, Tensor? u_factor) -> (Tensor, Tensor)");
-  m.def(
-      "accumulate_(Tensor(a!) r, Tensor t, Tensor? t_factor, Tensor? u, Tensor? u_factor) -> Tensor");
-  m.def(
-      "split(Tensor a, Tensor b, Tensor t, Tensor? t_factor, Tensor? u, Tensor? u_factor, "
-      "bool from_sum) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "split_(Tensor(a!) a, Tensor b, Tensor(b!) t, Tensor? t_factor, Tensor? u, Tensor? u_factor, "
-      "bool from_sum) -> (Tensor, Tensor)");
+  m.def("divide(Tensor r, Tensor d) -> (Tensor, Tensor)");
+  m.def("multiply(Tensor x, Tensor g, bool absolute) -> Tensor");
+  m.def("split(Tensor a, Tensor b, Tensor r, bool from_sum) -> (Tensor, Tensor)");
   m.def(
       "finish_(Tensor(a!) y, Tensor? scale, Tensor? shift, Tensor? other, bool relu) -> Tensor");
   m.def("sums(Tensor[] values) -> Tensor");
@@ -37,12 +28,8 @@ STABLE_TORCH_LIBRARY(captum_rlrp, m) {
       "convolution(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? other, int[] stride, "
       "int[] padding, bool relu) -> (Tensor, Tensor)");
   m.def(
-      "convolution_transpose(Tensor g, Tensor weight, Tensor? scale, int[] size, int[] stride, "
-      "int[] padding) -> Tensor");
+      "convolution_divide(Tensor r, Tensor x, Tensor weight, int[] stride, int[] padding) "
+      "-> (Tensor, Tensor)");
   m.def(
-      "convolution_product(Tensor x, Tensor g, Tensor weight, Tensor? scale, Tensor? factor, "
-      "int[] stride, int[] padding) -> (Tensor, Tensor)");
-  m.def(
-      "convolution_product_(Tensor(a!) x, Tensor g, Tensor weight, Tensor? scale, Tensor? factor, "
-      "int[] stride, int[] padding) -> Tensor");
+      "convolution_product(Tensor x, Tensor s, Tensor weight, int[] stride, int[] padding) -> Tensor");
 }

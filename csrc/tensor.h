@@ -43,7 +43,7 @@ void dispatch(ScalarType dtype, const char* op, F f) {
 
 inline bool is_wide(ScalarType dtype) { return dtype == ScalarType::Double; }
 
-inline ScalarType mass_type(ScalarType dtype) {
+inline ScalarType sum_type(ScalarType dtype) {
   return is_wide(dtype) ? ScalarType::Double : ScalarType::Float;
 }
 
@@ -59,7 +59,7 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
 }
 
-// A batch-first tensor that the kernels can walk.
+// A tensor that the kernels can walk.
 inline void check_first(const char* op, const char* name, const Tensor& t) {
   RLRP_CHECK(t.dim() >= 1 && t.dim() <= kMaxAxes, op, name, " must have 1 to ", kMaxAxes,
              " axes, not ", t.dim());
@@ -78,8 +78,8 @@ inline void check_factor(const char* op, const char* name, const std::optional<T
                          const Tensor& t, int64_t axis = 0) {
   if (!factor) return;
   RLRP_CHECK(same_device(*factor, t), op, name, " must be on the device of what it is applied to");
-  RLRP_CHECK(factor->scalar_type() == mass_type(t.scalar_type()), op, name, " must have dtype ",
-             torch::headeronly::toString(mass_type(t.scalar_type())));
+  RLRP_CHECK(factor->scalar_type() == sum_type(t.scalar_type()), op, name, " must have dtype ",
+             torch::headeronly::toString(sum_type(t.scalar_type())));
   RLRP_CHECK(axis < t.dim() && factor->dim() == 1 && factor->size(0) == t.size(axis), op, name,
              " must have one element per ", axis == 0 ? "sample" : "channel");
 }
@@ -125,7 +125,8 @@ inline Tensor new_vector(const Tensor& t, int64_t size, ScalarType dtype) {
   return new_strided(t, 1, &size, &step, dtype);
 }
 
-inline Tensor new_masses(const Tensor& t) { return new_vector(t, t.size(0), mass_type(t.scalar_type())); }
+// One number for each sample.
+inline Tensor new_sums(const Tensor& t) { return new_vector(t, t.size(0), sum_type(t.scalar_type())); }
 
 template <class T>
 const T* data_of(const Tensor& t) {
@@ -137,34 +138,15 @@ T* result_of(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// Strides of the batch axis, and the layout of one sample, of tensors of one shape.
+// Where the elements of operands with the shape of t and these strides lie.
 template <int K>
-struct Layout {
-  int64_t batch = 0;
-  int64_t batch_stride[K] = {};
-  Axes<K> axes;
-
-  int64_t numel() const { return axes.numel(); }
-};
-
-// Of operands with the shape of t and these strides.
-template <int K>
-Layout<K> layout_with(const Tensor& t, const int64_t* const (&strides)[K]) {
-  const int64_t* inner[K];
-  Layout<K> layout;
-  layout.batch = t.size(0);
-  for (int k = 0; k < K; ++k) {
-    layout.batch_stride[k] = strides[k][0];
-    inner[k] = strides[k] + 1;
-  }
-  layout.axes = simplify<K>(static_cast<int>(t.dim() - 1), t.sizes().data() + 1,
-                            reinterpret_cast<const int64_t* const(&)[K]>(inner));
-  return layout;
+Axes<K> axes_with(const Tensor& t, const int64_t* const (&strides)[K]) {
+  return simplify<K>(static_cast<int>(t.dim()), t.sizes().data(), strides);
 }
 
 template <class... Tensors>
-Layout<1 + sizeof...(Tensors)> layout_of(const Tensor& t, const Tensors&... others) {
-  return layout_with<1 + sizeof...(Tensors)>(t, {t.strides().data(), others.strides().data()...});
+Axes<1 + sizeof...(Tensors)> axes_of(const Tensor& t, const Tensors&... others) {
+  return axes_with<1 + sizeof...(Tensors)>(t, {t.strides().data(), others.strides().data()...});
 }
 
 // ---- images: tensors (N, C, *spatial), contiguous or channels_last; so may signals (N, C, L) be ----

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from evaluation import data, networks, report, robustness, run
+from evaluation import data, networks, real_run, report, robustness, run
 from evaluation.protocol import PROTOCOLS, Cell, Protocol
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,6 +123,16 @@ def own(arguments: argparse.Namespace, folder: Path, device: str) -> Protocol:
     return protocol
 
 
+def really_trained(arguments: argparse.Namespace) -> None:
+    """The networks that others trained, on the user's copies of pictures and weights."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    folder = arguments.results / "real"
+    if not arguments.write:
+        real_run.evaluate(Path(arguments.weights), arguments.pictures, folder, arguments.only)
+    real_run.write(folder, (arguments.out or ROOT / "docs") / "evaluation.md")
+
+
 def main(description: str) -> None:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -137,10 +147,16 @@ def main(description: str) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--images", type=Path, help="an ImageFolder of your own")
     parser.add_argument("--arch", default="resnet50", help="torchvision's name of the network")
-    parser.add_argument("--weights", default="DEFAULT", help="torchvision's name, or a file")
+    parser.add_argument("--weights", default="DEFAULT", help="name or file; --real: a folder")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--samples", type=int, default=50, help="pictures of your own to explain")
+    parser.add_argument("--real", action="store_true", help="really trained networks")
+    parser.add_argument("--pictures", type=Path, default=Path("pictures"), help="for --real")
     arguments = parser.parse_args()
+
+    if arguments.real:
+        really_trained(arguments)
+        return
 
     name = "full" if arguments.full else "tiny" if arguments.tiny else "reduced"
     template = ROOT / "evaluation" / "template.md"
@@ -155,4 +171,4 @@ def main(description: str) -> None:
         if not arguments.write:
             jobs = arguments.jobs if arguments.device == "cpu" else 1
             evaluate(protocol, folder, arguments.only, jobs, arguments.device)
-    report.write(protocol, folder, (arguments.out or place) / "evaluation.md", template)
+    report.write(protocol, folder, (arguments.out or place) / "evaluation-small.md", template)

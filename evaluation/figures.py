@@ -43,7 +43,7 @@ MARKERS = dict(zip(METHODS, "osvD^<>PX*ph", strict=True))
 
 
 def color(method: str) -> str:
-    """Methods that are not in the list (variants) are black."""
+    """Methods that are not in the list are black."""
     return COLORS.get(method, "black")
 
 

@@ -6,7 +6,6 @@ Every method gets a copy of the network of its own, so that hooks of one cannot 
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -193,18 +192,6 @@ METHODS: dict[str, Method] = {
     "Grad-CAM": Method(grad_cam, "captum LayerGradCam, upsampled", "", True),
     "random": Method(random_map, "uniform noise, the control"),
 }
-
-
-def variants() -> dict[str, Method]:
-    """Variants of Relative LRP's own definition, for the ablations, where there are any."""
-    if importlib.util.find_spec("evaluation.variants") is None:
-        return {}
-    from evaluation.variants import VARIANTS
-
-    def wrap(make: Callable[[nn.Module], Explain]) -> Method:
-        return Method(lambda network, data, protocol: make(network), "ablation", live=True)
-
-    return {name: wrap(make) for name, make in VARIANTS.items() if name != "default"}
 
 
 def applicable(methods: dict[str, Method], network: nn.Module) -> Iterator[tuple[str, Method]]:

@@ -54,11 +54,6 @@ class Protocol:
     stability_samples: int = 2
     cam_side: int = 4  # Grad-CAM reads the deepest layer whose maps are at least this large
 
-    ablations: tuple[tuple[str, str], ...] = (
-        ("cnn", "shapes"),
-        ("vgg19", "cutouts"),
-        ("resnet50", "cutouts"),
-    )
     gallery: int = 3  # first test samples, drawn for the first seed
 
     cancellation: tuple[float, ...] = (1.0, 1e-1, 1e-2, 1e-4, 1e-6)
@@ -100,7 +95,6 @@ FULL = Protocol(
     integration_steps=50,
     smooth_samples=25,
     stability_samples=10,
-    ablations=(("cnn", "shapes"), ("vgg16", "shapes"), ("resnet50", "cutouts")),
     depths=("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
 )
 
@@ -125,5 +119,43 @@ TINY = Protocol(
     cancellation=(1.0, 1e-3, 1e-6),
     depths=("resnet18",),
 )
+
+
+@dataclass(frozen=True)
+class Real:
+    """What is measured on really trained networks, and on which pictures. Fixed before the runs.
+
+    * Pictures that the network names rightly with more than `confidence`, in an order drawn once.
+      The first `choice` of them serve to choose between laws, the next `report` for the report.
+    * Maps are signed and summed over colours, then over patches of `patch` pixels a side.
+    * SRG: the mean, over the parts j/`steps` that are replaced, of the target's probability when
+      the least relevant patches go first, less the same when the most relevant go first. Replaced
+      by the blurred picture (Gaussian of `sigma` pixels, reflected at the border), or by its mean.
+    * Grid pointing game (Böhle et al. 2021): mosaics of 2×2 whole pictures of different classes,
+      each class asked for in turn; the part of the positive relevance that lies in its cell. 0
+      where nothing is positive; chance is 0.25.
+    * Sentences: the part of SRG's curve is the cosine similarity to the other sentence of the pair
+      when tokens are taken out, all but the first and the last, which are marks.
+    * Intervals: 95 %, bootstrap over pictures (mosaics, sentences). Tests: Wilcoxon's signed-rank
+      test over the same, two-sided, against EpsilonPlus (integrated gradients for sentences).
+    """
+
+    network: str
+    confidence: float
+    choice: int
+    report: int
+    mosaics: int  # of the pictures of either part
+    sigma: float
+    patch: int
+    steps: int
+
+
+REAL = (
+    Real("lite0", 0.7, choice=64, report=48, mosaics=8, sigma=12, patch=16, steps=6),
+    Real("resnet20", 0.9, choice=96, report=192, mosaics=24, sigma=4, patch=2, steps=9),
+    Real("resnet32", 0.9, choice=96, report=192, mosaics=24, sigma=4, patch=2, steps=9),
+    Real("vgg", 0.7, choice=96, report=192, mosaics=24, sigma=4, patch=2, steps=9),
+)
+SENTENCE_STEPS = 6
 
 PROTOCOLS = {protocol.name: protocol for protocol in (REDUCED, FULL, TINY)}

@@ -1,4 +1,4 @@
-"""From stored results to ``docs/evaluation.md``; what is written there by hand stays."""
+"""From stored results to ``docs/evaluation-small.md``; what is written there by hand stays."""
 
 from __future__ import annotations
 
@@ -62,7 +62,6 @@ def write(protocol: Protocol, folder: Path, document: Path, template: Path) -> N
         "cells": "\n\n".join(cell_section(cell, tables[cell], cells[cell]) for cell in cells),
         "robustness": robustness(rows, images) if rows else "Not run.",
         "conservation": conservation(cells),
-        "ablations": ablations(cells),
         "gallery": galleries(cells, folder, images, protocol),
     }
     text = (document if document.exists() else template).read_text()
@@ -345,25 +344,6 @@ def robustness(rows: list[Record], images: Path) -> str:
             lines.append([bold(method), *cells])
         parts += [caption.replace("|R|", "\\|R\\|"), table(head, lines)]
     return "\n\n".join(parts)
-
-
-def ablations(cells: dict[tuple[str, str], list[Record]]) -> str:
-    """The variants of Relative LRP against it, by the same measures and tests."""
-    parts = []
-    for cell, records in cells.items():
-        # "default" is Relative LRP itself, by the variants' way.
-        names = [n for n in records[0]["methods"] if n not in METHODS and n != "default"]
-        if not names:
-            continue
-        columns = {m: column(records, [OURS, *names], m) for m in MEASURES}
-        columns = {m: found for m, found in columns.items() if found}
-        parts.append(f"### {title(cell)}")
-        for group in (LOCALISATION, FLIPPING, SANITY):
-            shown = [measure for measure in group if measure in columns]
-            if shown:
-                parts.append(measure_table(columns, shown, [OURS, *names]))
-        parts += failures([{"methods": {n: r["methods"][n] for n in names}} for r in records])
-    return "\n\n".join(parts) if parts else "No variants were run."
 
 
 def galleries(

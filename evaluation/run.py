@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from evaluation import measures, networks
 from evaluation.data import Data, Samples, load
-from evaluation.methods import METHODS, OURS, Explain, Method, applicable, prepare, variants
+from evaluation.methods import METHODS, OURS, Explain, Method, applicable, prepare
 from evaluation.protocol import Cell, Protocol
 
 Record = dict[str, Any]
@@ -57,8 +57,6 @@ def trained(cell: Cell, seed: int, protocol: Protocol, folder: Path, device: str
 def evaluate(cell: Cell, seed: int, protocol: Protocol, folder: Path, device: str) -> None:
     """Measure one network and store the figures as JSON; what is stored already is kept."""
     methods = dict(METHODS)
-    if (cell.network, cell.data) in protocol.ablations:
-        methods |= variants()
     path = folder / f"{cell.network}-{cell.data}-{seed}.json"
     record: Record = json.loads(path.read_text()) if path.exists() else {}
     methods = {name: m for name, m in methods.items() if name not in record.get("asked", ())}
@@ -197,6 +195,14 @@ def flipping(
         for suffix, replacement in replacements.items()
         for name, descending in (("morf", True), ("lerf", False))
     }
+
+
+def abpc(
+    network: nn.Module, x: Tensor, labels: Tensor, maps: Tensor, protocol: Protocol
+) -> list[float]:
+    """LeRF minus MoRF area of every sample, elements replaced by 0."""
+    curves = flipping(network, x, labels, maps, protocol)
+    return (measures.area(curves["lerf"]) - measures.area(curves["morf"])).tolist()
 
 
 def numbers(values: Tensor) -> list[float | None]:

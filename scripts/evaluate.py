@@ -1,4 +1,4 @@
-"""How good are the explanations? Trains networks, runs all methods, writes docs/evaluation.md.
+"""How good are the explanations? Trains networks, runs all methods, writes the pages in docs/.
 
 Every network's results are written to a file at once, so that a run that was cut short goes on
 where it stopped::
@@ -7,6 +7,12 @@ where it stopped::
     python scripts/evaluate.py --full              # real sizes, more seeds: wants a GPU
     python scripts/evaluate.py --only resnet50     # a part
     python scripts/evaluate.py --write             # only draw and write what is stored
+
+On networks that others trained, with your copies of pictures and weights::
+
+    python scripts/evaluate.py --real --pictures FOLDER --weights FOLDER
+
+`evaluation/real.py` says what lies in the folders; what is absent is left out.
 
 On pictures and weights of your own, with the measures that need no object masks::
 

@@ -34,6 +34,16 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _float32_is_float32() -> Iterator[None]:
+    """Where a GPU is: by default its convolutions round their operands to TF32, of 10 bits."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = False
+    yield
+    cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """For tensors that are too small to share out."""

@@ -2,6 +2,7 @@
 
 PyTorch's fake tensors have a device, a shape and no memory. They refuse what mixes devices and what
 reads a value, for which a real GPU would have to be waited for. What is computed, they cannot tell.
+Where the CUDA module is built, the ops are those that a GPU would run, in place too.
 """
 
 from __future__ import annotations
@@ -12,12 +13,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import models
 
 from captum_rlrp import RelativeLRP
-from captum_rlrp.run.engine import Engine
+from captum_rlrp.kernels import extension
+from captum_rlrp.run import engine
+from captum_rlrp.run.recording import Recordings
+
+from .test_recording import FakeTape
 
 
 class Recurrent(nn.Module):
@@ -81,17 +87,45 @@ def move(module: nn.Module) -> None:
 
 @pytest.fixture
 def without_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What cannot be done: the look at the sums, and autograd, whose engine asks for the device."""
+    """What cannot be done: the look at the totals, and autograd, whose engine asks for the device.
+
+    And what has to be told apart all the same: memory, by which it is decided what may be written
+    over. The address of a storage stands for that of its bytes.
+    """
 
     def gradient(y: Tensor, x: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
         return (torch.empty_like(x),)
 
-    monkeypatch.setattr(Engine, "_check_finite", lambda *_: None)
+    def place(x: Tensor) -> int:
+        return int(x.untyped_storage()._cdata)
+
+    monkeypatch.setattr(engine, "_is_sound", lambda *_: True)
     monkeypatch.setattr(torch.autograd, "grad", gradient)
+    monkeypatch.setattr(FakeTensor, "data_ptr", place, raising=False)
+    monkeypatch.setattr(torch.UntypedStorage, "data_ptr", lambda storage: storage._cdata)
+
+
+class Calls(TorchDispatchMode):
+    """Notes which of the package's ops are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "captum_rlrp":
+            self.ops.add(func._schema.name.partition("::")[2])
+        return func(*args, **(kwargs or {}))
+
+
+def ops_of_the_gpu() -> set[str]:
+    names = torch._C._dispatch_get_all_op_names()
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    ours = (n for n in names if n.startswith("captum_rlrp::"))
+    return {n.partition("::")[2] for n in ours if has_kernel(n, "CUDA")}
 
 
 @pytest.mark.usefixtures("without_values")
-@pytest.mark.filterwarnings("ignore:Accessing the data pointer")  # by which memory is told apart
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_all_stays_on_the_gpu(name: str, dtype: torch.dtype) -> None:
@@ -100,14 +134,35 @@ def test_all_stays_on_the_gpu(name: str, dtype: torch.dtype) -> None:
     with FakeTensorMode(shape_env=ShapeEnv()):
         move(model)
         rlrp = RelativeLRP(model)
+        calls = Calls()
         for batch in (2, 3):
             x = torch.empty(batch, *shape, dtype=dtype, device="cuda")
-            attribution, delta = rlrp.attribute(
-                x, target=[1] * batch, return_convergence_delta=True
-            )
-            assert (attribution.shape, attribution.dtype) == (x.shape, dtype)
-            assert attribution.device == delta.device == x.device
-            assert attribution.is_contiguous()
+            with calls:
+                attribution, delta = rlrp.attribute(
+                    x, target=[1] * batch, return_convergence_delta=True
+                )
+                assert (attribution.shape, attribution.dtype) == (x.shape, dtype)
+                assert attribution.device == delta.device == x.device
+                assert attribution.is_contiguous()
+                again = rlrp.attribute(x, target=[1] * batch)  # which may write over more
+                assert (again.shape, again.dtype, again.device) == (x.shape, dtype, x.device)
+    if name == "ResNet18" and extension.cuda_available():
+        assert calls.ops >= {op for op in ops_of_the_gpu() if op.endswith("_")}  # in place
+
+
+@pytest.mark.usefixtures("without_values")
+@pytest.mark.parametrize("name", CASES)
+def test_all_can_be_recorded(name: str) -> None:
+    make, shape = CASES[name]
+    model = make().eval()
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        move(model)
+        rlrp = RelativeLRP(model)
+        rlrp._engine.recordings = Recordings(FakeTape)
+        for _ in range(3):
+            x = torch.empty(2, *shape, device="cuda")
+            assert rlrp.attribute(x, target=1).device == x.device
+        assert len(rlrp._engine.recordings._kept) == 1
 
 
 @pytest.mark.usefixtures("without_values")

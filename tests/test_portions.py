@@ -15,7 +15,7 @@ from captum_rlrp import LayerRelativeLRP, RelativeLRP
 from captum_rlrp.errors import CaptureError
 from captum_rlrp.plan.portions import divide, find_portion
 from captum_rlrp.run import engine
-from captum_rlrp.run.program import Run
+from captum_rlrp.run.program import Program
 from tests.oracle import randomise_norms, relative_error
 from tests.random_graphs import random_graph
 from tests.test_torchvision import convnext, densenet, swin, vit
@@ -84,13 +84,13 @@ def test_a_mixing_model_is_not_divided(name: str) -> None:
 def sizes_of_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Portions of two, and how many samples each run has."""
     monkeypatch.setattr(engine, "find_portion", lambda *_: find_portion(*_) and 2)
-    sizes, propagate = [], Run.propagate
+    sizes, propagate = [], Program.propagate
 
-    def noted(run: Run, start: Tensor, column: Tensor | None, batch: int, delta: bool) -> Any:
+    def noted(program: Program, run: Any, start: Any, column: Any, batch: int, delta: bool) -> Any:
         sizes.append(batch)
-        return propagate(run, start, column, batch, delta)
+        return propagate(program, run, start, column, batch, delta)
 
-    monkeypatch.setattr(Run, "propagate", noted)
+    monkeypatch.setattr(Program, "propagate", noted)
     return sizes
 
 

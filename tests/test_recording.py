@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import pytest
@@ -10,19 +11,25 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from captum_rlrp import RelativeLRP
-from captum_rlrp.errors import NonFiniteError
-from captum_rlrp.run.recording import Recordings
+from captum_rlrp.errors import InputError, NonFiniteError
+from captum_rlrp.kernels import compiled
+from captum_rlrp.run import recording
+from captum_rlrp.run.recording import CannotRecordError, CudaTape, Probe, Recordings, Task
 
 
 class FakeTape:
     """Replays the operations on the very tensors they were recorded with."""
 
     made = 0
+    fails_with = None  # an error, once
 
     def __init__(self, device):
         type(self).made += 1
 
     def record(self, function):
+        error, type(self).fails_with = self.fails_with, None
+        if error is not None:
+            raise error
         calls = []
 
         class Recorder(TorchDispatchMode):
@@ -76,7 +83,7 @@ def model():
 def recorded(model, **options):
     """Relative LRP that records although there is no GPU."""
     method = RelativeLRP(model, **options)
-    FakeTape.made = 0
+    FakeTape.made, FakeTape.fails_with = 0, None
     method._engine.recordings = Recordings(FakeTape, "cpu", capacity=2)
     return method
 
@@ -152,14 +159,41 @@ def test_further_arguments_are_read_anew(model):
         torch.testing.assert_close(actual, expected)
 
 
-def test_what_cannot_be_recorded_runs_as_ever():
+def test_what_cannot_be_recorded_runs_as_ever(monkeypatch):
+    law = compiled.conv_relevance
+
+    def reads(x, weight, r, window):
+        assert r.sum().item() <= 1  # on the host
+        return law(x, weight, r, window)
+
+    monkeypatch.setattr(compiled, "conv_relevance", reads)
     torch.manual_seed(0)
-    # In float32 oneDNN's convolutions ask for a bound on the host.
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 2)).eval()
     method = recorded(model, backend="auto")
     expected = RelativeLRP(model).attribute(images().float(), target=1)
     for _ in range(3):
         torch.testing.assert_close(method.attribute(images().float(), target=1), expected)
+    assert FakeTape.made == 0  # it was noticed before
+
+
+def test_a_recording_that_fails_is_not_tried_again(model):
+    method = recorded(model)
+    for _ in range(4):
+        FakeTape.fails_with = CannotRecordError("of a sort that no probe notices")
+        agree(method, model, images(), 1)
+    assert FakeTape.made == 1
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("2 GiB"), InputError("ours")], ids=str)
+def test_other_errors_are_not_hidden(model, error):
+    method = recorded(model)
+    method.attribute(images(), target=1)
+    FakeTape.fails_with = error
+    with pytest.raises(type(error)):
+        method.attribute(images(), target=1)
+    for _ in range(3):
+        agree(method, model, images(), 1)
+    assert FakeTape.made == 2  # by the next call
 
 
 def test_errors_are_those_without(model):
@@ -194,9 +228,238 @@ def test_threads(model):
     assert not wrong
 
 
+def test_a_target_may_explain_too_and_wait_for_others_that_do(model):
+    method = recorded(model)
+    found = []
+
+    def other():
+        found.append(method.attribute(images(seed=3), target=1))
+
+    def target(output):
+        other()
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join(30)
+        assert not thread.is_alive()
+        return [0, 2]
+
+    for _ in range(3):
+        agree(method, model, images(), target)
+    expected = RelativeLRP(model).attribute(images(seed=3), target=1)
+    assert len(found) == 12
+    for each in found:
+        torch.testing.assert_close(each, expected)
+
+
+def test_a_target_that_fails_leaves_the_recording_to_others(model):
+    method = recorded(model)
+
+    def fails(output):
+        raise KeyError("the user's")
+
+    for _ in range(4):
+        with pytest.raises(KeyError, match="the user's"):
+            method.attribute(images(), target=fails)
+    assert FakeTape.made == 0
+    for _ in range(3):
+        agree(method, model, images(), 1)
+        with pytest.raises(KeyError, match="the user's"):
+            method.attribute(images(), target=fails)
+    assert FakeTape.made == 1
+
+
+def test_what_a_target_keeps_of_the_output_stays(model):
+    method = recorded(model)
+    kept = []
+    for seed in range(4):
+        method.attribute(images(seed=seed), target=lambda output: kept.append(output) or 0)
+    for seed, output in enumerate(kept):
+        torch.testing.assert_close(output, model(images(seed=seed)))
+
+
+def test_settings_have_recordings_of_their_own(model):
+    method = recorded(model)
+    for tf32 in (True, False):
+        before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, tf32
+        try:
+            for _ in range(3):
+                agree(method, model, images(), 1)
+        finally:
+            torch.backends.cudnn.allow_tf32 = before
+    with torch.inference_mode():
+        for _ in range(3):
+            agree(method, model, images(), 1)
+    assert FakeTape.made == 3
+    agree(method, model, images(), 1)
+
+
+def test_only_tasks_of_one_device_are_recorded():
+    here, there = torch.ones(2), torch.ones(2, device="meta")
+
+    def device(*values):
+        return Task(None, dict(enumerate(values)), {}, [], None, 2, False).device
+
+    assert device(here, here, 3) == here.device
+    assert device(here, there) is None
+
+
+@pytest.mark.parametrize(
+    ("function", "is_noticed"),
+    [
+        (lambda x: x.relu() * 2 + torch.ones(3), False),
+        (lambda x: x[torch.tensor([0, 1])], False),
+        (lambda x: x.index_select(0, torch.tensor([1])), False),
+        (lambda x: x[x > 0], True),
+        (lambda x: x.index_put((x > 0,), torch.zeros(()))[0], True),
+        (lambda x: x.masked_fill(x > 0, 0.0), False),
+        (lambda x: x * x.sum().item(), True),
+        (lambda x: x if x.any() else -x, True),
+        (lambda x: x.nonzero(), True),
+        (lambda x: torch.unique(x), True),
+        (lambda x: x.to("meta"), True),
+    ],
+)
+def test_probe(function, is_noticed):
+    x = torch.randn(3, 3)
+    probe = Probe(x.device)
+    with probe:
+        function(x)
+    assert (probe.obstacle is not None) == is_noticed
+
+
 def test_nothing_is_recorded_on_a_cpu(model):
     method = RelativeLRP(model, cuda_graphs=True)
     expected = RelativeLRP(model).attribute(images(), target=1)
     for _ in range(3):
         torch.testing.assert_close(method.attribute(images(), target=1), expected)
     assert not method._engine.recordings._kept
+
+
+# ---- CUDA graphs, on a stand-in for torch.cuda ---------------------------------------------------
+
+
+class FakeCuda:
+    """Streams, and captures that end as torch's do: its stream stays if a broken one ends."""
+
+    def __init__(self):
+        self.index, self.streams = 0, {0: "default 0", 1: "default 1"}
+        self.broken = self.capturing = False
+
+    @contextlib.contextmanager
+    def device(self, device):
+        before, self.index = self.index, device.index
+        try:
+            yield
+        finally:
+            self.index = before
+
+    def Stream(self, device):
+        return f"own {device.index}"
+
+    def current_stream(self):
+        return self.streams[self.index]
+
+    def set_stream(self, stream):
+        self.streams[int(stream[-1])] = stream
+
+    def graph_pool_handle(self):
+        return (0, 1)
+
+    def CUDAGraph(self):
+        return FakeGraph(self)
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        assert not self.capturing
+        before = self.current_stream()
+        self.set_stream(stream)
+        self.capturing = True
+        try:
+            yield
+        finally:
+            self.capturing = False
+            if self.broken:
+                self.broken = False
+                raise RuntimeError("operation failed due to a previous error during capture")
+            self.set_stream(before)
+
+
+class FakeGraph:
+    def __init__(self, owner):
+        self.owner, self.replayed = owner, []
+
+    def replay(self):
+        self.replayed.append(self.owner.current_stream())
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    fake = FakeCuda()
+    monkeypatch.setattr(recording, "cuda", fake)
+    monkeypatch.setattr(recording, "_BROKEN", [])
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda index, pool: None)
+    recording._stream.cache_clear()
+    yield fake
+    recording._stream.cache_clear()
+
+
+def tape(index=1):
+    return CudaTape(torch.device("cuda", index))
+
+
+def test_every_device_is_captured_on_a_stream_of_its_own(cuda):
+    for index in (0, 1, 0):
+        seen, replay = tape(index).record(lambda: (cuda.index, cuda.current_stream()))
+        assert seen == (index, f"own {index}")
+        assert (cuda.index, cuda.streams) == (0, {0: "default 0", 1: "default 1"})
+        replay()
+        assert cuda.index == 0
+
+
+def capture_breaks(cuda, error):
+    def function():
+        cuda.broken = True
+        if error is not None:
+            raise error
+
+    return function
+
+
+REFUSED = RuntimeError("operation not permitted when stream is capturing")
+
+
+@pytest.mark.parametrize("error", [REFUSED, RuntimeError("CUDNN_STATUS_INTERNAL_ERROR"), None])
+@pytest.mark.parametrize("stream", ["default 1", "user's 1"])
+def test_a_broken_capture_leaves_nothing_behind(cuda, error, stream):
+    cuda.streams[1] = stream
+    with pytest.raises(CannotRecordError):
+        tape().record(capture_breaks(cuda, error))
+    assert (cuda.index, cuda.streams) == (0, {0: "default 0", 1: stream})
+    assert len(recording._BROKEN) == 2  # with the one that sets the random generators right
+    assert tape().record(lambda: 5)[0] == 5
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("2 GiB"), InputError("ours")], ids=str)
+def test_errors_of_the_function_are_its_own(cuda, error):
+    def fails():
+        raise error
+
+    for function in (capture_breaks(cuda, error), fails):
+        with pytest.raises(type(error)) as raised:
+            tape().record(function)
+        assert raised.value is error
+        assert cuda.streams == {0: "default 0", 1: "default 1"}
+    assert tape().record(lambda: 5)[0] == 5
+
+
+def test_what_is_refused_in_a_capture_without_breaking_it(cuda):
+    def refused():
+        raise REFUSED
+
+    with pytest.raises(CannotRecordError):
+        tape().record(refused)
+    with pytest.raises(RuntimeError, match="a check of ours"):
+        tape().record(lambda: torch._check(False, lambda: "a check of ours"))
+    assert not recording._BROKEN

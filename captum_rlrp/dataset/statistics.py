@@ -21,7 +21,7 @@ from ..graph.capture import CapturedGraph, unwrap
 from ..graph.layers import layer_calls, leaf_calls, module_names
 from ..inputs import check_inputs
 from ..kernels import get_backend, is_reference_forced
-from ..plan.sections import Plan, Section
+from ..plan.steps import Final, Plan
 from ..run.engine import Captured, Engine
 from ..targets import start_at
 from .flow import draw_flow
@@ -393,7 +393,7 @@ def _edges(plan: Plan, sites: Sequence[tuple[str, Node]]) -> list[tuple[str, str
     """Pairs of sites that relevance goes between without meeting another."""
     back: dict[Node, Collection[Node]] = {}
     for step in plan.steps:
-        if isinstance(step, Section):
+        if isinstance(step, Final):
             back.update({call.node: (rule.operand(call),) for rule, call in step.links})
         else:
             back[step.output] = step.carriers

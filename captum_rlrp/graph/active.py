@@ -59,10 +59,9 @@ def source_call(node: Node) -> Node:
 
 
 def is_root(node: Node, active: Collection[Node]) -> bool:
-    """Whether relevance ends at a value: it is made of nothing that is active."""
-    return node.op == "placeholder" or not any(
-        n in active for n in source_call(node).all_input_nodes
-    )
+    """Whether relevance goes no further: an input, or an embedding of integers."""
+    operands = [] if node.op == "placeholder" else source_call(node).all_input_nodes
+    return not any(n in active for n in operands)
 
 
 def nodes_of(value: Any) -> list[Node]:

@@ -13,25 +13,26 @@ from captum_rlrp.kernels import convolution, extension, onednn, reference
 from captum_rlrp.kernels.extension import ops
 from captum_rlrp.kernels.reference import (
     Ints,
-    Term,
+    Window,
     linear_rows,
-    mass,
 )
 
 __all__ = [
-    "accumulate",
     "adaptive_avg_pool",
     "adaptive_max_pool",
     "adaptive_max_unpool",
+    "add",
     "avg_pool",
     "conv",
+    "conv_relevance",
+    "divide",
     "finish_",
     "linear",
+    "linear_relevance",
     "linear_rows",
-    "mass",
     "max_pool",
     "max_unpool",
-    "product",
+    "multiply",
     "split",
     "sums",
     "working_memory",
@@ -56,63 +57,57 @@ def _covers(first: Tensor, *others: Tensor) -> bool:
     )
 
 
-# ---- element by element ----------------------------------------------------------------------
+# ---- the law ----------------------------------------------------------------------------------
 
 
-def product(
-    x: Tensor, g: Tensor, factor: Tensor | None = None, *, inplace: bool = False
-) -> tuple[Tensor, Tensor]:
-    """See :func:`captum_rlrp.kernels.reference.product`."""
+def divide(r: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`captum_rlrp.kernels.reference.divide`."""
+    if not _covers(r, d) or r.shape != d.shape:
+        return reference.divide(r, d)
+    s, seen = ops.divide.default(r, d)
+    return s, seen
+
+
+def multiply(x: Tensor, g: Tensor, *, absolute: bool = False) -> Tensor:
+    """See :func:`captum_rlrp.kernels.reference.multiply`."""
     if not _covers(x, g):
-        return reference.product(x, g, factor, inplace=inplace)
-    if inplace and reference.same_layout(x, g):
-        return g, ops.product_.default(x, g, factor)
-    q, s = ops.product.default(x, g.expand_as(x), factor)
-    return q, s
+        return reference.multiply(x, g, absolute=absolute)
+    q: Tensor = ops.multiply.default(x, g.expand_as(x), absolute)
+    return q
 
 
-def accumulate(terms: Sequence[Term], *, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """See :func:`captum_rlrp.kernels.reference.accumulate`."""
-    short = _at_most_two(terms)
-    if short is None:
-        return reference.accumulate(terms, out=out)
-    if out is not None:
-        return out, ops.accumulate_.default(out, *short)
-    r, s = ops.accumulate.default(*short)
-    return r, s
+def linear_relevance(x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`captum_rlrp.kernels.reference.linear_relevance`."""
+    s, seen = divide(r, _product(x.abs(), weight.abs()))
+    return multiply(x, linear(s, weight)), seen
 
 
-def split(
-    a: Tensor, b: Tensor, terms: Sequence[Term], *, from_sum: bool = False, inplace: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def conv_relevance(x: Tensor, weight: Tensor, r: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+    """See :func:`captum_rlrp.kernels.reference.conv_relevance`."""
+    filters = convolution.Filters(weight, None, None, window.stride, window.padding)
+    is_direct = convolution.is_direct(x, weight, window) and r.dtype == torch.float32
+    if is_direct:
+        s, seen = convolution.divide(r, x, filters)
+        if not convolution.has_few_channels(weight):
+            return convolution.product(x, s, filters), seen
+    weight = weight.abs()
+    if not is_direct:
+        s, seen = divide(r, _convolve(x, weight, window))
+    return multiply(x, conv(s, weight, x.shape, window)), seen
+
+
+def split(a: Tensor, b: Tensor, r: Tensor, *, from_sum: bool = False) -> tuple[Tensor, Tensor]:
     """See :func:`captum_rlrp.kernels.reference.split`."""
-    first = terms[0][0]
-    short = _at_most_two(terms) if _covers(first, a, b) and a.shape == b.shape else None
-    if short is None or a.shape != first.shape:
-        return reference.split(a, b, terms, from_sum=from_sum, inplace=inplace)
-    if inplace and reference.same_layout(a, short[0]):
-        s_a, s_b = ops.split_.default(a, b, *short, from_sum)
-        return a, s_a, short[0], s_b
-    r_a, s_a, r_b, s_b = ops.split.default(a, b, *short, from_sum)
-    return r_a, s_a, r_b, s_b
+    if not _covers(r, a, b) or not a.shape == b.shape == r.shape:
+        return reference.split(a, b, r, from_sum=from_sum)
+    r_a, r_b = ops.split.default(a, b, r, from_sum)
+    return r_a, r_b
 
 
-_Short = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+add = reference.add
 
 
-def _at_most_two(terms: Sequence[Term]) -> _Short | None:
-    """The terms as the ops take them, with all but the last added up; None if not covered."""
-    first = terms[0][0]
-    if not _covers(first, *(t for t, _ in terms)) or any(t.shape != first.shape for t, _ in terms):
-        return None
-    if len(terms) > 2:
-        if first.dtype.itemsize == 2:  # partial sums would be rounded to 16 bits
-            return None
-        total, _ = accumulate(terms[:2])
-        for t, factor in terms[2:-1]:
-            ops.accumulate_.default(total, total, None, t, factor)
-        return (total, None, *terms[-1])
-    return (*terms[0], *terms[1]) if len(terms) == 2 else (*terms[0], None, None)
+# ---- the forward ------------------------------------------------------------------------------
 
 
 def finish_(
@@ -128,8 +123,8 @@ def finish_(
         return reference.finish_(y, scale, shift, other, relu=relu)
     wide = reference.accumulation_dtype(y.dtype)
     scale, shift = (None if v is None else v.to(wide) for v in (scale, shift))
-    mass: Tensor = ops.finish_.default(y, scale, shift, other, relu)
-    return mass
+    seen: Tensor = ops.finish_.default(y, scale, shift, other, relu)
+    return seen
 
 
 def sums(values: Sequence[Tensor]) -> Tensor:
@@ -241,56 +236,56 @@ def linear(g: Tensor, weight: Tensor) -> Tensor:
     return reference.linear(g, weight)
 
 
-def conv(
-    g: Tensor,
-    weight: Tensor,
-    input_shape: Sequence[int],
-    stride: Ints = 1,
-    padding: Ints = 0,
-    dilation: Ints = 1,
-    transposed: bool = False,
-    output_padding: Ints = 0,
-    groups: int = 1,
-) -> Tensor:
+def conv(g: Tensor, weight: Tensor, input_shape: Sequence[int], window: Window) -> Tensor:
     """See :func:`captum_rlrp.kernels.reference.conv`."""
-    float_on_cpu = g.device.type == "cpu" and g.dtype == weight.dtype == torch.float32
-    if float_on_cpu and g.dim() == 3 and not transposed:  # oneDNN is faster at images
-        image_shape = [*input_shape[:2], 1, input_shape[2]]
-        image = conv(
-            reference.as_image(g),
-            weight.unsqueeze(2),
-            image_shape,
-            [1, *reference.ints(stride, 1)],
-            [0, *reference.ints(padding, 1)],
-            [1, *reference.ints(dilation, 1)],
-            groups=groups,
-        )
-        return image.squeeze(2)
-    if float_on_cpu and g.dim() == 4 and not transposed and g.numel() > 0:
-        window = [reference.ints(v, 2) for v in (stride, padding, dilation)]
-        # oneDNN's input gradient is poor at a handful of channels.
-        if input_shape[1] <= 4 and weight.shape[0] >= 8 and groups == 1:
-            overlapping = any(k > s for k, s in zip(weight.shape[2:], window[0], strict=True))
-            if not overlapping or weight.shape[0] % 8:
-                return _conv_by_matmul(g, weight, input_shape, *window)
-            is_fast = max(window[0]) > 1 or reference.memory_format(g) == torch.channels_last
-            if is_fast and max(window[2]) == 1:
-                result: Tensor = ops.conv_few.default(g, weight, list(input_shape), *window[:2])
-                return result
-        elif convolution.suits(
-            g, weight, window[0], window[1], window[2], groups
-        ) and convolution.pays(g, weight):
-            filters = convolution.Filters(weight, None, None, window[0], window[1])
-            return convolution.transpose(g, filters, input_shape[2:])
-        elif onednn.covers(g, weight) and onednn.is_product(
-            g, weight, window[0], window[1], groups
-        ):
-            return onednn.product(g, weight.transpose(0, 1), None)
-    options = (stride, padding, dilation, transposed, output_padding, groups)
+    if not _is_float_on_cpu(g, weight) or window.transposed or g.numel() == 0 or g.dim() > 4:
+        return reference.conv(g, weight, input_shape, window)
+    if g.dim() == 3:  # oneDNN is faster at images
+        shape = [*input_shape[:2], 1, input_shape[2]]
+        return conv(reference.as_image(g), weight.unsqueeze(2), shape, _of_image(window)).squeeze(2)
+    stride, padding, dilation = window[:3]
+    # oneDNN's input gradient is poor at a handful of channels.
+    if input_shape[1] <= 4 and weight.shape[0] >= 8 and window.groups == 1:
+        overlapping = any(k > s for k, s in zip(weight.shape[2:], stride, strict=True))
+        if not overlapping or weight.shape[0] % 8:
+            return _conv_by_matmul(g, weight, input_shape, stride, padding, dilation)
+        is_fast = max(stride) > 1 or reference.memory_format(g) == torch.channels_last
+        if is_fast and max(dilation) == 1:
+            result: Tensor = ops.conv_few.default(g, weight, list(input_shape), stride, padding)
+            return result
+    elif onednn.covers(g, weight) and onednn.is_product(g, weight, stride, padding, window.groups):
+        return onednn.product(g, weight.transpose(0, 1), None)
     if onednn.dwarfs(weight, g):
-        image = reference.conv(onednn.contiguous(g), weight, input_shape, *options)
+        image = reference.conv(onednn.contiguous(g), weight, input_shape, window)
         return image.contiguous(memory_format=reference.memory_format(g))
-    return reference.conv(g, weight, input_shape, *options)
+    return reference.conv(g, weight, input_shape, window)
+
+
+def _is_float_on_cpu(*operands: Tensor) -> bool:
+    return all(t.device.type == "cpu" and t.dtype == torch.float32 for t in operands)
+
+
+def _of_image(window: Window) -> Window:
+    """The window of a signal seen as an image of one row."""
+    return window._replace(
+        stride=[1, *window.stride], padding=[0, *window.padding], dilation=[1, *window.dilation]
+    )
+
+
+def _convolve(x: Tensor, weight: Tensor, window: Window) -> Tensor:
+    """The convolution itself, never by a scheme that mixes pixels."""
+    if onednn.covers(x, weight) and not window.transposed:
+        y = onednn.convolution(x, weight, None, *window[:3], window.groups)
+        if y is not None:
+            return y
+    return torch.ops.aten.convolution.default(x, weight, None, *window)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """``x Wᵀ``."""
+    if onednn.multiplies(x, weight):
+        return onednn.linear(x, weight)
+    return torch.nn.functional.linear(x, weight)
 
 
 def _conv_by_matmul(
@@ -318,8 +313,12 @@ def _conv_by_matmul(
 # ---- what the ops return, for tracing: shapes, dtypes, strides -------------------------------
 
 
-def _masses(t: Tensor) -> Tensor:
+def _sums(t: Tensor) -> Tensor:
     return t.new_empty(t.shape[0], dtype=reference.accumulation_dtype(t.dtype))
+
+
+def _seen(t: Tensor) -> Tensor:
+    return t.new_empty(1, dtype=reference.accumulation_dtype(t.dtype))
 
 
 def _image(model: Tensor, shape: Sequence[int]) -> Tensor:
@@ -356,26 +355,15 @@ def _fake_convolution(
 ) -> tuple[Tensor, Tensor]:
     axes = zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True)
     size = [(n + 2 * p - k) // s + 1 for n, k, s, p in axes]
-    return _channels_last(x, (len(x), len(weight), *size)), _masses(x)
-
-
-def _fake_convolution_transpose(
-    g: Tensor, weight: Tensor, _scale: Any, size: list[int], *_: Any
-) -> Tensor:
-    return _channels_last(g, (len(g), weight.shape[1], *size))
+    return _channels_last(x, (len(x), len(weight), *size)), _sums(x)
 
 
 def _register_fakes() -> None:
     fake = torch.library.register_fake
-    fake("captum_rlrp::product")(lambda x, g, factor: (torch.empty_like(x), _masses(x)))
-    fake("captum_rlrp::product_")(lambda x, g, factor: _masses(x))
-    fake("captum_rlrp::accumulate")(lambda t, *_: (torch.empty_like(t), _masses(t)))
-    fake("captum_rlrp::accumulate_")(lambda r, t, *_: _masses(t))
-    fake("captum_rlrp::split")(
-        lambda a, b, t, *_: (torch.empty_like(t), _masses(t), torch.empty_like(t), _masses(t))
-    )
-    fake("captum_rlrp::split_")(lambda a, b, t, *_: (_masses(t), _masses(t)))
-    fake("captum_rlrp::finish_")(lambda y, *_: _masses(y))
+    fake("captum_rlrp::divide")(lambda r, d: (torch.empty_like(d), _seen(d)))
+    fake("captum_rlrp::multiply")(lambda x, g, absolute: torch.empty_like(x))
+    fake("captum_rlrp::split")(lambda a, b, r, _: (torch.empty_like(r), torch.empty_like(r)))
+    fake("captum_rlrp::finish_")(lambda y, *_: _seen(y))
     fake("captum_rlrp::sums")(lambda v: v[0].new_empty(len(v), dtype=torch.float64))
     fake("captum_rlrp::max_pool")(_fake_max_pool)
     fake("captum_rlrp::max_unpool")(lambda r, winners, shape, *_: _image(r, shape))
@@ -386,9 +374,8 @@ def _register_fakes() -> None:
     fake("captum_rlrp::avg_pool")(lambda r, shape, *_: _image(r, shape))
     fake("captum_rlrp::conv_few")(lambda g, weight, shape, *_: _channels_last(g, shape))
     fake("captum_rlrp::convolution")(_fake_convolution)
-    fake("captum_rlrp::convolution_transpose")(_fake_convolution_transpose)
-    fake("captum_rlrp::convolution_product")(lambda x, *_: (_channels_last(x, x.shape), _masses(x)))
-    fake("captum_rlrp::convolution_product_")(lambda x, *_: _masses(x))
+    fake("captum_rlrp::convolution_divide")(lambda r, x, *_: (_channels_last(r, r.shape), _sums(x)))
+    fake("captum_rlrp::convolution_product")(lambda x, *_: _channels_last(x, x.shape))
     fake("captum_rlrp::adaptive_avg_pool")(lambda r, shape: _image(r, shape))
 
 

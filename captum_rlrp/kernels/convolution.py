@@ -1,7 +1,9 @@
-"""Our own convolutions, with what follows applied: along both axes, along one, and of 1×1.
+"""Our own convolutions, with what follows applied.
 
-The first two go by Winograd's algorithm, in fewer multiplications. float32 on the CPU, channels in
-multiples of 32, or forward few of the input; :func:`suits` and :func:`pays` tell.
+The model's forward goes by Winograd's algorithms where filters have several taps, in fewer
+multiplications. The law goes by direct convolutions: Winograd's mix neighbouring pixels, and lose
+what is small beside them, by which it divides. float32 on the CPU, channels in multiples of 32, or
+forward few of the input; :func:`suits`, :func:`pays` and :func:`is_direct` tell.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from captum_rlrp.kernels import extension
+from captum_rlrp.kernels import extension, reference
 from captum_rlrp.kernels.extension import ops
 from captum_rlrp.kernels.onednn import Operand
 
@@ -23,6 +25,7 @@ _FEW_PIXELS = 4  # of 1×1, up to which laying out its filters takes longer than
 _TAPS = range(3, 33)  # along one axis alone
 _TAPS_OF_BOTH = range(3, 8)
 _TAPS_OF_FEW = range(2, 33)
+_MOST_TAPS = 64
 _MOST_STRIDE = 2  # beyond which its input gradient falls apart into too many convolutions
 
 # Without wide vectors nobody measured it.
@@ -77,11 +80,35 @@ def suits(
     )
 
 
-def pays(x: Operand, weight: Tensor, back: bool = False) -> bool:
-    """Whether what suits is faster than oneDNN's at so many pixels of x, or `back` of g."""
-    if x.dtype != weight.dtype or (back and weight.shape[1] <= _FEW_CHANNELS):
+def pays(x: Operand, weight: Tensor) -> bool:
+    """Whether what suits is faster than oneDNN's at so many pixels of x."""
+    if x.dtype != weight.dtype:
         return False
     return max(weight.shape[2:]) > 1 or x.shape[0] * math.prod(x.shape[2:]) > _FEW_PIXELS
+
+
+def is_direct(x: Operand, weight: Tensor, window: reference.Window) -> bool:
+    """Whether :func:`divide` covers the two; and :func:`product`, but for a few input channels."""
+    stride, padding, dilation = window[:3]
+    return (
+        _IS_FAST
+        and window.groups == 1
+        and not window.transposed
+        and max(dilation) == 1
+        and weight.numel() > 0
+        and weight.shape[0] % _MULTIPLE == 0
+        and (weight.shape[1] <= _FEW_CHANNELS or weight.shape[1] % _MULTIPLE == 0)
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and len(x.shape) == weight.dim() in (3, 4)
+        and all(p < k for p, k in zip(padding, weight.shape[2:], strict=True))
+        and all(s <= k < _MOST_TAPS for s, k in zip(stride, weight.shape[2:], strict=True))
+    )
+
+
+def has_few_channels(weight: Tensor) -> bool:
+    """Whether the input has as few channels as an RGB image."""
+    return weight.shape[1] <= _FEW_CHANNELS
 
 
 def _has_scheme(weight: Tensor, stride: Sequence[int]) -> bool:
@@ -135,29 +162,18 @@ def forward(
     return y if x.dim() == 4 else y.squeeze(2), total
 
 
-def transpose(g: Tensor, filters: Filters, size: Sequence[int]) -> Tensor:
-    """The transpose of ``x ↦ scale · (weight ∗ x)``: the input gradient, of that spatial size."""
-    weight, scale, _, stride, padding = filters.as_image()
-    size = [*size] if g.dim() == 4 else [1, *size]
-    result = ops.convolution_transpose.default(_as_image(g), weight, scale, size, stride, padding)
-    return result if g.dim() == 4 else result.squeeze(2)
+def divide(r: Tensor, x: Tensor, filters: Filters) -> tuple[Tensor, Tensor]:
+    """``s = r / (|weight| ∗ x)`` with 0/0 = 0, for x ≥ 0; and each sample's ``Σ |s|``."""
+    weight, _, _, stride, padding = filters.as_image()
+    s, total = ops.convolution_divide.default(_as_image(r), _as_image(x), weight, stride, padding)
+    return s if x.dim() == 4 else s.squeeze(2), total
 
 
-def is_channels_last(x: Tensor) -> bool:
-    """Whether :func:`product` reads an image or signal as it lies, and may write over it."""
-    return _as_image(x).is_contiguous(memory_format=torch.channels_last)
-
-
-def product(
-    x: Tensor, g: Tensor, filters: Filters, factor: Tensor | None, *, inplace: bool = False
-) -> tuple[Tensor, Tensor]:
-    """``q = factor · x ⊙ transpose(g)``, in place over x if asked, and q's mass."""
-    weight, scale, _, stride, padding = filters.as_image()
-    args = (_as_image(x), _as_image(g), weight, scale, factor, stride, padding)
-    if inplace:
-        return x, ops.convolution_product_.default(*args)
-    q, mass = ops.convolution_product.default(*args)
-    return q if x.dim() == 4 else q.squeeze(2), mass
+def product(x: Tensor, s: Tensor, filters: Filters) -> Tensor:
+    """``x ⊙ (|weight|ᵀ s)``."""
+    weight, _, _, stride, padding = filters.as_image()
+    q = ops.convolution_product.default(_as_image(x), _as_image(s), weight, stride, padding)
+    return q if x.dim() == 4 else q.squeeze(2)
 
 
 def _as_image(signal: Tensor) -> Tensor:

@@ -1,13 +1,7 @@
 """The kernels in plain PyTorch: the definition that every compiled kernel is tested against.
 
-Conventions shared by all kernels:
-
-* The first axis of every tensor is the batch; nothing crosses it.
-* A relevance tensor r is held as a pair *(t, factor)* with ``r[n] = factor[n] * t[n]``, where
-  ``factor`` has shape ``(N,)`` and ``None`` stands for 1. Carrying a mass over is then a division
-  of two vectors of length N, and the next kernel that reads t applies it.
-* ``s[n]`` is the absolute mass of a tensor, ``Σ |t[n]|``. Masses and factors are float64 for
-  float64 tensors and float32 for all others, and all arithmetic is done in that precision.
+The first axis of every tensor is the batch; nothing crosses it. Relevance has the dtype of the
+explanation (float32 or float64), and the other operands are cast to it before they come here.
 """
 
 from __future__ import annotations
@@ -15,99 +9,116 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Term = tuple[Tensor, Tensor | None]
 Ints = int | Sequence[int]
 
 aten = torch.ops.aten
 
 
+class Window(NamedTuple):
+    """How a convolution goes over its input, for each axis; see :func:`torch.ops.aten.convolution`.
+
+    Attributes:
+        stride: Step of the filter.
+        padding: Implicit zeros on both sides.
+        dilation: Spacing of the filter's elements.
+        transposed: Whether it is a transposed convolution.
+        output_padding: Extra size of a transposed convolution's output.
+        groups: Number of independent groups of channels.
+    """
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    transposed: bool
+    output_padding: list[int]
+    groups: int
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The precision of masses, factors and intermediate values for tensors of ``dtype``."""
+    """The precision of sums and intermediate values for tensors of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def mass(t: Tensor) -> Tensor:
-    """``Σ |t[n]|`` over all elements of each sample n."""
-    inner = tuple(range(1, t.dim()))
-    absolute = t.abs()
-    dtype = accumulation_dtype(t.dtype)
-    return absolute.sum(inner, dtype=dtype) if inner else absolute.to(dtype)
+# ---- the law (method.md §2, §4) ----------------------------------------------------------------
 
 
-# ---- element by element ------------------------------------------------------------------------
+def divide(r: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """``s = r / d`` with 0/0 = 0, for divisors that are not negative; and a check.
+
+    Returns:
+        s, and a number that is finite and moderate if all of s is, and d finite: the largest |s|.
+    """
+    s = torch.where(d == 0, 0.0, r / d)
+    return s, largest(s + (d - d))
 
 
-def product(
-    x: Tensor, g: Tensor, factor: Tensor | None = None, *, inplace: bool = False
-) -> tuple[Tensor, Tensor]:
-    """``q = factor · x ⊙ g`` and its mass.
+def multiply(x: Tensor, g: Tensor, *, absolute: bool = False) -> Tensor:
+    """``x ⊙ g``, or ``|x| ⊙ g``, laid out as x; g may be broadcast."""
+    return (x.abs() if absolute else x) * g
+
+
+def linear_relevance(x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """The law of a dense layer: ``x ⊙ (s W)`` with ``s = r / (|x| |W|ᵀ)``; and the check.
 
     Args:
-        x: Section input; q gets its shape, dtype and memory format.
-        g: Gradient-like tensor, broadcastable to x (a pooled gradient is expanded, not copied).
-        factor: One number per sample, in :func:`accumulation_dtype`; None means 1.
-        inplace: q may overwrite g.
+        x: Input, features last.
+        weight: ``(out, in)``.
+        r: Relevance at the output.
     """
-    wide = g.to(accumulation_dtype(x.dtype))
-    if factor is not None:
-        wide = wide * factor.view([-1] + [1] * (x.dim() - 1))
-    q = g.copy_(wide * x) if inplace and same_layout(x, g) else _like(x, x * wide)
-    return q, mass(q)
+    s, seen = divide(r, F.linear(x.abs(), weight.abs()))
+    return x * linear(s, weight), seen
 
 
-def accumulate(terms: Sequence[Term], *, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``r = Σ_i factor_i · t_i`` and its mass; r has dtype and memory format of the first t.
+def conv_relevance(x: Tensor, weight: Tensor, r: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+    """The law of a convolution: ``x ⊙ (|W|ᵀ s)``, ``s = r / (|W| ∗ x)``; and the check.
 
     Args:
-        terms: The pairs (t, factor).
-        out: Where r is written instead, in its own layout.
+        x: Absolute values of the input, ``(N, C, *spatial)`` with 1 to 3 spatial axes.
+        weight: Filters, as in :func:`torch.ops.aten.convolution`.
+        r: Relevance at the output.
+        window: How the filters go over the input.
     """
-    r = _like(terms[0][0], _total(terms))
-    if out is not None:
-        r = out.copy_(r)
-    return r, mass(r)
+    weight = weight.abs()
+    s, seen = divide(r, aten.convolution(x, weight, None, *window))
+    return x * conv(s, weight, x.shape, window), seen
 
 
-def split(
-    a: Tensor, b: Tensor, terms: Sequence[Term], *, from_sum: bool = False, inplace: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shares of a sum: ``r_a = r·|a|/(|a|+|b|)``, ``r_b = r·|b|/(|a|+|b|)``, with their masses.
+def split(a: Tensor, b: Tensor, r: Tensor, *, from_sum: bool = False) -> tuple[Tensor, Tensor]:
+    """Shares of a sum: ``r_a = r·|a|/(|a|+|b|)``, ``r_b = r·|b|/(|a|+|b|)``; r/2 where both are 0.
 
-    r is ``accumulate(terms)``, and r/2 goes each way where ``|a|+|b|`` is 0. The quotient is formed
-    from min/max, so that it neither overflows nor depends on the scale of a and b.
+    The quotient is formed from min/max, so that it neither overflows nor depends on the scale.
 
     Args:
         a: First summand, or with ``from_sum`` the value ``relu(a + b)``.
         b: Second summand.
-        terms: What arrived at the sum.
+        r: Relevance at the sum.
         from_sum: ``a`` is the sum after its ReLU; the summand is recovered as ``a - b``, right
             wherever the ReLU let something through. (Elsewhere r is 0, and so are both shares.)
-        inplace: r_a may overwrite a, and r_b the first term.
-
-    Returns:
-        ``r_a, s_a, r_b, s_b``.
     """
-    first = terms[0][0]
-    dtype = accumulation_dtype(first.dtype)
-    r = _total(terms)
-    wide_a, wide_b = a.to(dtype), b.to(dtype)
-    size_a = (wide_a - wide_b if from_sum else wide_a).abs()
-    size_b = wide_b.abs()
+    size_a, size_b = (a - b if from_sum else a).abs(), b.abs()
     small, large = torch.minimum(size_a, size_b), torch.maximum(size_a, size_b)
     ratio = torch.where(large == 0, 1.0, small / large)
     major = 1 / (1 + ratio)
     minor = ratio * major
-    r_a = _like(first, r * torch.where(size_a >= size_b, major, minor))
-    r_b = _like(first, r * torch.where(size_a >= size_b, minor, major))
-    if inplace and same_layout(a, first):
-        r_a, r_b = a.copy_(r_a), first.copy_(r_b)
-    return r_a, mass(r_a), r_b, mass(r_b)
+    first = size_a >= size_b
+    return r * torch.where(first, major, minor), r * torch.where(first, minor, major)
+
+
+def add(terms: Sequence[Tensor]) -> Tensor:
+    """The sum of relevances that arrive at one value; never one of the terms itself."""
+    total = terms[0] + terms[1] if len(terms) > 1 else terms[0].clone()
+    for term in terms[2:]:
+        total += term
+    return total
+
+
+# ---- the forward -------------------------------------------------------------------------------
 
 
 def finish_(
@@ -128,7 +139,7 @@ def finish_(
         relu: Whether negative results become 0.
 
     Returns:
-        The mass in front of the ReLU, which a NaN or an infinity makes one too.
+        The largest magnitude in front of the ReLU, which a NaN or an infinity makes one too.
     """
     wide = accumulation_dtype(y.dtype)
     scale, shift = (
@@ -142,12 +153,16 @@ def finish_(
             total.add_(summand)
     if total is not y:
         y.copy_(total)
-    # Not mass(), which makes a tensor of all absolute values.
-    inner = tuple(range(1, y.dim()))
-    before = torch.linalg.vector_norm(y, 1, inner, dtype=torch.float64) if inner else y.abs()
+    seen = largest(y)
     if relu:
         y.relu_()
-    return before.to(wide)
+    return seen
+
+
+def largest(value: Tensor) -> Tensor:
+    """The largest magnitude, shape ``(1,)``; NaN if there is one, 0 for an empty tensor."""
+    wide = value.abs().to(accumulation_dtype(value.dtype))
+    return wide.amax().reshape(1) if wide.numel() else wide.new_zeros(1)
 
 
 def sums(values: Sequence[Tensor]) -> Tensor:
@@ -292,39 +307,19 @@ def linear_rows(weight: Tensor, index: Tensor) -> Tensor:
     return weight.index_select(0, index)
 
 
-def conv(
-    g: Tensor,
-    weight: Tensor,
-    input_shape: Sequence[int],
-    stride: Ints = 1,
-    padding: Ints = 0,
-    dilation: Ints = 1,
-    transposed: bool = False,
-    output_padding: Ints = 0,
-    groups: int = 1,
-) -> Tensor:
+def conv(g: Tensor, weight: Tensor, input_shape: Sequence[int], window: Window) -> Tensor:
     """The transpose of a convolution (its input gradient), 1 to 3 spatial axes.
 
     Args:
         g: Tensor at the convolution's output.
         weight: Its weight.
         input_shape: Shape of its input.
-        stride: As in :func:`torch.ops.aten.convolution`; so are the following.
-        padding: Implicit zeros on both sides.
-        dilation: Spacing of the kernel's elements.
-        transposed: The convolution is itself a transposed one.
-        output_padding: Extra size of a transposed convolution's output.
-        groups: Number of independent groups of channels.
+        window: How the filters go over the input.
     """
-    rank = len(input_shape) - 2
-    x = torch.empty(input_shape, dtype=g.dtype, device=g.device, memory_format=memory_format(g))
-    stride, padding, dilation, output_padding = (
-        ints(value, rank) for value in (stride, padding, dilation, output_padding)
-    )
-    result: Tensor = aten.convolution_backward.default(
-        *(g, x, weight, None, stride, padding, dilation, transposed, output_padding, groups),
-        [True, False, False],
-    )[0]
+    layout = memory_format(g)
+    x = torch.empty(tuple(input_shape), dtype=g.dtype, device=g.device, memory_format=layout)
+    mask = [True, False, False]
+    result: Tensor = aten.convolution_backward.default(g, x, weight, None, *window, mask)[0]
     return result
 
 
@@ -361,28 +356,6 @@ def memory_format(t: Tensor) -> torch.memory_format:
 def as_image(signal: Tensor) -> Tensor:
     """A signal ``(N, C, L)`` as an image of one row, channels_last."""
     return signal.unsqueeze(2).contiguous(memory_format=torch.channels_last)
-
-
-def _like(model: Tensor, value: Tensor) -> Tensor:
-    """``value`` in the dtype and memory format of ``model``."""
-    result = torch.empty_like(model)
-    if value.dtype == model.dtype and value.stride() == result.stride():
-        return value
-    return result.copy_(value)
-
-
-def _total(terms: Sequence[Term]) -> Tensor:
-    """``Σ_i factor_i · t_i`` in the accumulation dtype."""
-    dtype = accumulation_dtype(terms[0][0].dtype)
-    total: Tensor | None = None
-    for t, factor in terms:
-        value = t.to(dtype)
-        if factor is not None:
-            value = value * factor.view([-1] + [1] * (t.dim() - 1))
-        total = value if total is None else total + value
-    assert total is not None
-    # One term without factor is the term itself: never hand out the caller's own tensor.
-    return total.clone() if total is terms[0][0] else total
 
 
 def _to_winners(r: Tensor, winners: Tensor, shape: Sequence[int]) -> Tensor:

@@ -6,8 +6,7 @@ reference backend runs the graph as captured instead, and both give the same rel
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.fx import Node
 from ..graph.capture import CapturedGraph, bind, reads_values
 from ..kernels import convolution, onednn
 from ..kernels.reference import ints
-from ..rules import Call, LinearRule
+from ..rules import Call, LinearRule, Rule
 from ..rules.convolution import Convolution
 from ..rules.join import Extension, Join
 from ..rules.normalization import BatchNorm
@@ -27,7 +26,6 @@ from ..rules.pooling import MaxPool
 from ..rules.shape import Move
 from ..rules.skip import Sum
 from .instructions import (
-    FoldedConvolution,
     FusedConvolution,
     InPlace,
     Instruction,
@@ -37,7 +35,7 @@ from .instructions import (
     RestoredSum,
     WinnersPool,
 )
-from .sections import Plan, Section, Single, Step
+from .steps import Plan, Single, Step
 
 aten = torch.ops.aten
 
@@ -50,10 +48,11 @@ def fuse(
     Args:
         graph: The captured model.
         plan: Its steps.
-        wanted: Values whose relevance is asked for; links of sections among them stay apart.
+        wanted: Values whose relevance is asked for.
 
     Returns:
-        The plan with folded links, and the instruction for each node that ends a fusion.
+        The plan with rules that read what a fused forward leaves, and the instruction for each node
+        that ends a fusion.
     """
     users: dict[Node, list[Node]] = {node: [] for node in graph.nodes}
     for node in graph.nodes:
@@ -61,56 +60,51 @@ def fuse(
             if reads_values(node):
                 users[source].append(node)
     users[graph.output].append(graph.output)  # the caller reads it
-    by_output = {step.output: step for step in plan.steps}
-    starts = Counter(step.start for step in plan.steps if isinstance(step, Section))
-    apart = {n for n in wanted if n not in starts and n not in by_output}
-
-    instructions: dict[Node, Instruction] = {}
-    steps: dict[Step, Step] = {}
-    folded: dict[Node, FusedConvolution] = {}
+    calls = dict(_calls(plan))
+    fused: dict[Node, FusedConvolution] = {}
     claimed: set[Node] = set()
-    for step in plan.steps:
-        if not isinstance(step, Section):
-            continue
-        for i, (rule, call) in enumerate(step.links):
-            if type(rule) is not Convolution or not _is_plain(call):
-                continue
-            follows = step.links[i + 1] if i + 1 < len(step.links) else None
-            made = _fuse_convolution(call, follows, plan, by_output, users, apart, claimed)
-            if made is not None:
-                folded[call.node] = made
-                claimed.update(made.covers)
-    for step in plan.steps:
-        if isinstance(step, Section):
-            links = _fold(step.links, folded)
-            if links != tuple(step.links):
-                steps[step] = replace(step, links=links)
-    for made in folded.values():
-        instructions[made.node] = made
+    for node, (rule, call) in calls.items():
+        if type(rule) is Convolution and node not in claimed and _is_plain(call):
+            made = _fuse_convolution(call, plan, calls, users, claimed)
+            fused[made.node] = made
+            claimed.update(made.covers)
+    instructions: dict[Node, Instruction] = dict(fused)
+    exchanged: dict[Node, Rule] = {}
+    for made in fused.values():
         if made.other is not None:
             end = made.norm.node if made.norm is not None else made.conv.node
-            for skip in map(by_output.get, made.covers):
-                if isinstance(skip, Single) and type(skip.rule) is Sum:
-                    restored = RestoredSum(end, made.other, made.node)
-                    steps[skip] = replace(skip, rule=restored)
-    for step in plan.steps:
-        if isinstance(step, Single) and type(step.rule) is MaxPool and step.call.item is None:
-            pool = WinnersPool(step.call, step.rule)
-            instructions[step.output] = pool
-            steps[step] = replace(step, rule=RememberedMaxPool(pool))
+            skip = next(n for n in made.covers if isinstance(calls[n][0], Sum))
+            exchanged[skip] = RestoredSum(end, made.other, made.node)
+    for node, (rule, call) in calls.items():
+        if type(rule) is MaxPool and call.item is None:
+            pool = WinnersPool(call, rule)
+            instructions[node] = pool
+            exchanged[node] = RememberedMaxPool(pool)
     for node in graph.nodes:
         if _packet(node) is aten.linear:
             instructions[node] = Linear(Call(node, node.target, bind(node), ()))
-    steps.update(_extensions(plan, wanted))
-    new_steps = tuple(steps.get(step, step) for step in plan.steps)
-    kept = frozenset(n for step in new_steps for n in step.needs) | (plan.kept & set(wanted))
-    covered = {n for made in folded.values() for n in made.covers}
-    for step in new_steps:
-        if isinstance(step, Single) and step.output not in covered:
+    exchanged.update(_extensions(plan, wanted))
+    steps = tuple(
+        replace(step, rule=exchanged[step.output])
+        if isinstance(step, Single) and step.output in exchanged
+        else step
+        for step in plan.steps
+    )
+    kept = frozenset(n for step in steps for n in step.needs)
+    for step in steps:
+        if isinstance(step, Single) and step.output not in claimed:
             in_place = _in_place(step, users, kept)
             if in_place is not None:
                 instructions[step.output] = in_place
-    return replace(plan, steps=new_steps, kept=kept), instructions
+    return replace(plan, steps=steps, kept=kept), instructions
+
+
+def _calls(plan: Plan) -> Iterator[tuple[Node, tuple[Rule, Call]]]:
+    """Every call that carries relevance, in order of execution."""
+    for step in plan.steps:
+        links = [(step.rule, step.call)] if isinstance(step, Single) else step.links
+        for rule, call in links:
+            yield call.node, (rule, call)
 
 
 def _is_plain(call: Call) -> bool:
@@ -125,62 +119,56 @@ def _is_plain(call: Call) -> bool:
 
 def _fuse_convolution(
     call: Call,
-    follows: tuple[LinearRule, Call] | None,
     plan: Plan,
-    by_output: dict[Node, Step],
-    users: dict[Node, list[Node]],
-    apart: Collection[Node],
+    calls: Mapping[Node, tuple[Rule, Call]],
+    users: Mapping[Node, list[Node]],
     claimed: Collection[Node],
-) -> FusedConvolution | None:
+) -> FusedConvolution:
     node, covers = call.node, [call.node]
     norm = other = activation = None
-    if (
-        follows is not None
-        and isinstance(follows[0], BatchNorm)
-        and node not in apart
-        and all(_is_given(n) for n in (*follows[1].nodes(), call.args["bias"]) if n is not node)
-    ):
-        norm = follows[1]
-        node = norm.node
-        covers.append(node)
-    end = node
 
-    def only_user() -> Node | None:
-        return users[node][0] if len(users[node]) == 1 and users[node][0] is not node else None
+    def follower(after: Node, spared: Collection[Node] = ()) -> tuple[Rule, Call] | None:
+        """What alone reads a value, if no rule does and nothing has claimed it yet."""
+        only = users[after][0] if len(users[after]) == 1 else after
+        free = only is not after and only not in claimed and after not in plan.kept - set(spared)
+        return calls.get(only) if free else None
 
-    # The sum: only where a ReLU behind it lets the summand be recovered.
-    after = only_user()
-    step = by_output.get(after) if after is not None else None
-    if after not in claimed and isinstance(step, Single) and type(step.rule) is Sum:
-        assert after is not None
-        relu = users[after][0] if len(users[after]) == 1 else None
-        if (
-            relu is not None
-            and _packet(relu) is aten.relu
-            and _packet(after) is aten.add
-            and step.call.args.get("alpha", 1) == 1
-            and len(set(step.call.active)) == 2
-            and all(step.call.shape(n) == step.call.shape(after) for n in step.call.active)
-            and _vanishes(relu, plan, set())
-        ):
-            other = next(n for n in step.call.active if n is not end)
-            node = after
+    found = follower(node)
+    if found is not None and isinstance(found[0], BatchNorm):
+        given = (*found[1].nodes(), call.args["bias"])
+        if all(_is_given(n) for n in given if n is not node):
+            norm = found[1]
+            node = norm.node
             covers.append(node)
-    after = only_user()
-    step = by_output.get(after) if after is not None else None
+    end = node
+    # A sum, only where a ReLU behind it lets the summand be recovered.
+    found = follower(node, [node])
+    if found is not None and type(found[0]) is Sum:
+        add = found[1]
+        behind = follower(add.node)
+        if (
+            behind is not None
+            and _packet(behind[1].node) is aten.relu
+            and add.name == "add"
+            and add.args.get("alpha", 1) == 1
+            and len(set(add.active)) == 2
+            and all(add.shape(n) == add.shape(add.node) for n in add.active)
+            and _readers(end, plan) == 1
+            and _vanishes(behind[1].node, plan, set())
+        ):
+            other = next(n for n in add.active if n is not end)
+            node = add.node
+            covers.append(node)
+    found = follower(node)
     if (
-        after is not None
-        and node not in plan.kept - ({end} if other is not None else set())
-        and isinstance(step, Single)
-        and isinstance(step.rule, PassThrough)
-        and _in_place_twin(step.call) is not None
-        and step.call.active[0] is node
+        found is not None
+        and isinstance(found[0], PassThrough)
+        and _in_place_twin(found[1]) is not None
+        and found[1].active[0] is node
     ):
-        activation = step.call
-        node = after
+        activation = found[1]
+        node = activation.node
         covers.append(node)
-    if other is not None and activation is None:
-        return None
     activate = None if activation is None else _overwriting(activation)
     window, fused = _window(call), _fused(activation)
     x, weight = (call.args[name].meta["val"] for name in ("input", "weight"))
@@ -216,6 +204,11 @@ def _fused(activation: Call | None) -> onednn.Activation | None:
     return name, [activation.args[s] if isinstance(s, str) else s for s in scalars]
 
 
+def _readers(value: Node, plan: Plan) -> int:
+    """How many steps read a value."""
+    return sum(value in step.needs for step in plan.steps)
+
+
 def _vanishes(value: Node, plan: Plan, seen: set[Node]) -> bool:
     """Whether relevance at a value is surely 0 wherever the value is.
 
@@ -225,36 +218,30 @@ def _vanishes(value: Node, plan: Plan, seen: set[Node]) -> bool:
     if not consumers or value in seen:
         return bool(consumers)
     seen.add(value)
-    for step in consumers:
-        if isinstance(step, Section):
-            moves = all(isinstance(rule, Move) for rule, _ in step.links)
-            if step.passes_through and not (moves and _vanishes(step.output, plan, seen)):
-                return False
-        elif not (
-            isinstance(step.rule, (Sum, MaxPool)) or _packet(step.output) is aten.relu
-        ) or not _vanishes(step.output, plan, seen):
-            return False
-    return True
+    return all(
+        _multiplies(step) or (_keeps_zeros(step) and _vanishes(step.output, plan, seen))
+        for step in consumers
+    )
 
 
-def _fold(links: Any, folded: dict[Node, FusedConvolution]) -> tuple[tuple[LinearRule, Call], ...]:
-    result: list[tuple[LinearRule, Call]] = []
-    swallowed: set[Node] = set()
-    for rule, call in links:
-        made = folded.get(call.node)
-        if made is not None:
-            end = made.norm.node if made.norm is not None else call.node
-            result.append((FoldedConvolution(made), replace(call, node=end)))
-            swallowed.add(end)
-        elif call.node not in swallowed:
-            result.append((rule, call))
-    return tuple(result)
+def _multiplies(step: Step) -> bool:
+    """Whether the step multiplies relevance by the value that it reaches."""
+    if not isinstance(step, Single):
+        return True
+    return isinstance(step.rule, LinearRule) and not step.rule.one_to_one(step.call)
 
 
-def _extensions(plan: Plan, wanted: Collection[Node]) -> dict[Step, Step]:
+def _keeps_zeros(step: Step) -> bool:
+    """Whether an output is 0 wherever the input that it sends its relevance to is."""
+    return isinstance(step, Single) and (
+        isinstance(step.rule, (Sum, MaxPool, Move)) or _packet(step.output) is aten.relu
+    )
+
+
+def _extensions(plan: Plan, wanted: Collection[Node]) -> dict[Node, Rule]:
     """Joins whose first operands an earlier one joined."""
     earlier: dict[Any, Node] = {}
-    found: dict[Step, Step] = {}
+    found: dict[Node, Rule] = {}
     for step in plan.steps:
         if not isinstance(step, Single) or type(step.rule) is not Join or step.rule.stacks:
             continue
@@ -266,7 +253,7 @@ def _extensions(plan: Plan, wanted: Collection[Node]) -> dict[Step, Step]:
         for count in range(len(operands) - 1, 1, -1):
             joined = earlier.get((dim, operands[:count]))
             if joined is not None:
-                found[step] = replace(step, rule=Extension(joined, count))
+                found[step.output] = Extension(joined, count)
                 break
         if step.output not in wanted:  # whose relevance has to be its own
             earlier[dim, operands] = step.output

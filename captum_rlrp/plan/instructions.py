@@ -6,9 +6,9 @@ Each yields the value of one node, and leaves what the way back needs in ``run.s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,22 +17,14 @@ from torch.fx import Node
 from ..kernels import convolution, onednn
 from ..kernels.convolution import Filters
 from ..kernels.reference import accumulation_dtype
-from ..rules import Call, Part, Relevance
-from ..rules.convolution import Convolution, part_read
-from ..rules.normalization import batch_norm_scale, per_channel
+from ..rules import Call, Like, Pass
+from ..rules.normalization import batch_norm_scale
 from ..rules.pooling import MaxPool
 from ..rules.skip import Sum
-from .portions import LARGE
-
-if TYPE_CHECKING:
-    from ..run.program import Like, Run
 
 aten = torch.ops.aten
 
 _LARGE_WEIGHT = 2**18  # elements
-
-# Activations with |act(z)| ≤ |z|.
-_SHRINKING = {aten.relu, aten.relu6, aten.silu, aten.hardswish, aten.tanh}
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,31 +63,23 @@ class FusedConvolution:
             nodes += [n for n in self.norm.nodes() if n is not self.conv.node]
         return tuple(nodes)
 
-    def fold(self, run: Run) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The convolution's parameters with the batch norm folded in.
-
-        Returns:
-            The weight, laid out as the convolutions of either direction want it; the bias; and each
-            filter's ``Σ |w|``, if it is known.
-        """
+    def fold(self, run: Pass) -> tuple[Tensor, Tensor | None]:
+        """The weight with the batch norm folded in, laid out as oneDNN wants it; and the bias."""
         weight: Tensor = run.value(self.conv.args["weight"])
         bias: Tensor | None = run.value(self.conv.args["bias"])
         x = run.like(self.conv.args["input"])
         if self.norm is None:
-            if _is_laid_out(weight, x):
-                return weight, bias, None
-            folded, mass = run.kernels.accumulate([(weight, None)], out=_new_weight(weight, x))
-            return folded, bias, mass
+            return weight if _is_laid_out(weight, x) else _new_weight(weight, x).copy_(weight), bias
         scale, shift = run.scratch[self.norm.node]
-        folded, mass = run.kernels.accumulate([(weight, scale)], out=_new_weight(weight, x))
-        return folded, shift, mass
+        scale = scale.view([-1] + [1] * (weight.dim() - 1)).to(weight.dtype)
+        return torch.mul(weight, scale, out=_new_weight(weight, x)), shift
 
-    def filters(self, run: Run, x: Like | Tensor, back: bool = False) -> Filters | None:
-        """The filters for :mod:`.kernels.convolution`, if that covers x or, on the way back, g."""
+    def filters(self, run: Pass, x: Tensor) -> Filters | None:
+        """The filters for :mod:`.kernels.convolution`, if that covers x."""
         if not self.suits:
             return None
         weight: Tensor = run.value(self.conv.args["weight"])
-        if not convolution.pays(x, weight, back):
+        if not convolution.pays(x, weight):
             return None
         assert self.window is not None
         scale, shift = None, run.value(self.conv.args["bias"])
@@ -104,7 +88,7 @@ class FusedConvolution:
         stride, padding, _ = self.window
         return Filters(weight, scale, shift, stride, padding)
 
-    def __call__(self, run: Run) -> Tensor:
+    def __call__(self, run: Pass) -> Tensor:
         x: Tensor = run.value(self.conv.args["input"])
         other: Tensor | None = run.value(self.other)
         filters = self.filters(run, x)
@@ -112,35 +96,30 @@ class FusedConvolution:
             return self._by_ours(run, x, other, filters)
         if self.norm is not None and self._leaves_weight(run, x):
             return self._normalize(run, x, other)
-        weight, bias, mass = self.fold(run)
-        y = self._convolve(run, x, other, weight, bias, mass)
-        # For the way back, unless it takes more memory than a batch's output.
-        if self.norm is not None and (len(x) == 1 or not self._outweighs(run, x)):
-            run.scratch[self] = (weight, None)
-        return y
+        return self._convolve(run, x, other, *self.fold(run))
 
-    def _by_ours(self, run: Run, x: Tensor, other: Tensor | None, filters: Filters) -> Tensor:
+    def _by_ours(self, run: Pass, x: Tensor, other: Tensor | None, filters: Filters) -> Tensor:
         if self.fused is None or self.fused[0] not in ("none", "relu"):
             y, _ = convolution.forward(x, filters)
             return self._finish(run, y, other)
         relu = self.activation is not None
         y, total = convolution.forward(x, filters, other, relu=relu)
         if relu:  # which hides a −∞
-            run.watch_sum(total)
+            run.check(total)
         return y
 
-    def _outweighs(self, run: Run, x: Tensor) -> bool:
+    def _outweighs(self, run: Pass, x: Tensor) -> bool:
         """Whether the weight has more elements than the output."""
         weight: Tensor = run.value(self.conv.args["weight"])
         return weight.numel() > len(x) * math.prod(self.conv.shape(self.conv.node)[1:])
 
-    def _leaves_weight(self, run: Run, x: Tensor) -> bool:
+    def _leaves_weight(self, run: Pass, x: Tensor) -> bool:
         """Whether it is less work to scale the output: a weight to be laid out is copied anyway."""
         weight: Tensor = run.value(self.conv.args["weight"])
         is_laid_out = _is_laid_out(weight, run.like(self.conv.args["input"]))
         return (is_laid_out and self._outweighs(run, x)) or onednn.dwarfs(weight, x)
 
-    def _normalize(self, run: Run, x: Tensor, other: Tensor | None) -> Tensor:
+    def _normalize(self, run: Pass, x: Tensor, other: Tensor | None) -> Tensor:
         assert self.norm is not None
         weight: Tensor = run.value(self.conv.args["weight"])
         scale, shift = run.scratch[self.norm.node]
@@ -148,21 +127,20 @@ class FusedConvolution:
 
     def _convolve(
         self,
-        run: Run,
+        run: Pass,
         x: Tensor,
         other: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
-        mass: Tensor | None,
     ) -> Tensor:
         if self.fused is not None and self.window is not None and onednn.covers(x, weight):
             groups = self.conv.args["groups"]
             y = onednn.convolution(x, weight, bias, *self.window, groups, self.fused, other)
             if y is not None:
-                if self.activation is not None:  # oneDNN's hide even a NaN
-                    shrinks = self.activation.target.overloadpacket in _SHRINKING
-                    result, source = self.node if shrinks else None, self.conv.args["input"]
-                    run.watch_convolution(source, weight, mass, bias, self.other, result, y)
+                # oneDNN's activations hide even a NaN. The law's divisor tells of one in x or the
+                # weight.
+                if self.activation is not None and bias is not None:
+                    run.check(bias)
                 return y
         if _adds_bias(x):
             return self._finish(run, self._plain(x, weight, bias), other)
@@ -186,7 +164,7 @@ class FusedConvolution:
 
     def _finish(
         self,
-        run: Run,
+        run: Pass,
         y: Tensor,
         other: Tensor | None,
         scale: Tensor | None = None,
@@ -195,11 +173,9 @@ class FusedConvolution:
         """What follows the convolution, in place: one pass, and one for other activations."""
         relu = self._ends_in_relu()
         if relu or not (other is scale is shift is None):
-            mass = run.kernels.finish_(y, scale, shift, other, relu=relu)
-            if self.activate is not None:
-                run.watch_sum(mass)
+            run.check(run.kernels.finish_(y, scale, shift, other, relu=relu))
         elif self.activate is not None:
-            run.watch(y)
+            run.check(y.sum(dtype=torch.float64))
         return y if relu or self.activate is None else self.activate(y)
 
 
@@ -213,7 +189,7 @@ class BatchNorms:
 
     folded: tuple[FusedConvolution, ...]
 
-    def __call__(self, run: Run) -> None:
+    def __call__(self, run: Pass) -> None:
         """Leaves them in the run's scratch, in float32 at least, for their batch norms' nodes."""
         norms = [made.norm for made in self.folded if made.norm is not None]
 
@@ -271,21 +247,23 @@ class _OneCall:
 
 @dataclass(frozen=True, eq=False)
 class InPlace(_OneCall):
-    """An elementwise call that overwrites an operand nobody reads again."""
+    """An elementwise call that overwrites an operand nobody reads again; that is checked first."""
 
     activate: Callable[[Tensor], Tensor]
 
-    def __call__(self, run: Run) -> Tensor:
-        return self.activate(run.value(self.call.active[0]))
+    def __call__(self, run: Pass) -> Tensor:
+        value: Tensor = run.value(self.call.active[0])
+        run.check(value.sum(dtype=torch.float64))
+        return self.activate(value)
 
 
 @dataclass(frozen=True, eq=False)
 class ReluInPlace(_OneCall):
     """The same for ReLU; the operand is watched on the way."""
 
-    def __call__(self, run: Run) -> Tensor:
+    def __call__(self, run: Pass) -> Tensor:
         value: Tensor = run.value(self.call.active[0])
-        run.watch_sum(run.kernels.finish_(value, relu=True))
+        run.check(run.kernels.finish_(value, relu=True))
         return value
 
 
@@ -295,7 +273,7 @@ class WinnersPool(_OneCall):
 
     rule: MaxPool
 
-    def __call__(self, run: Run) -> Tensor:
+    def __call__(self, run: Pass) -> Tensor:
         y, run.scratch[self] = self.rule.pool(run, self.call)
         return y
 
@@ -304,7 +282,7 @@ class WinnersPool(_OneCall):
 class Linear(_OneCall):
     """A dense layer by oneDNN where that is faster: on some processors twice."""
 
-    def __call__(self, run: Run) -> Tensor:
+    def __call__(self, run: Pass) -> Tensor:
         args = self.call.args
         x, weight = run.value(args["input"]), run.value(args["weight"])
         bias = run.value(args["bias"])
@@ -327,88 +305,9 @@ class RememberedMaxPool(MaxPool):
     def needs(self, call: Call) -> tuple[Node, ...]:
         return ()
 
-    def winners(self, run: Run, call: Call) -> Tensor:
+    def winners(self, run: Pass, call: Call) -> Tensor:
         winners: Tensor = run.scratch.pop(self.instruction)
         return winners
-
-
-class FoldedConvolution(Convolution):
-    """A convolution, with the batch norm behind it if there is one, as one link of a section."""
-
-    def __init__(self, instruction: FusedConvolution) -> None:
-        self.instruction = instruction
-        self.part = part_read(instruction.conv)
-
-    def needs(self, call: Call) -> tuple[Node, ...]:
-        return tuple(n for n in self.instruction.reads if n not in call.active)
-
-    def transpose(self, run: Run, call: Call, g: Tensor) -> Tensor:
-        made = self.instruction
-        filters = made.filters(run, g, back=True)
-        if filters is not None:
-            return convolution.transpose(g, filters, run.like(made.conv.args["input"]).shape[2:])
-        g, weight = self._unscaled(run, g)
-        if made.window is None:
-            return self._transpose(run, call, g, weight)
-        shape, groups = run.like(made.conv.args["input"]).shape, made.conv.args["groups"]
-        return run.kernels.conv(g, weight, shape, *made.window, groups=groups)
-
-    def transpose_product(
-        self, run: Run, call: Call, v: Tensor, r: Relevance, inplace: bool
-    ) -> tuple[Tensor, Tensor] | None:
-        """By a convolution of ours; or large images a few at a time: Jᵀ r takes little memory."""
-        made = self.instruction
-        assert r.mass is not None
-        if v.dtype != r.values.dtype:
-            return None
-        filters = made.filters(run, r.values, back=True)
-        if filters is not None and convolution.is_channels_last(v):
-            return convolution.product(v, r.values, filters, r.factor, inplace=inplace)
-        if not inplace or v.nbytes <= LARGE or v.device.type != "cpu" or made.window is None:
-            return None
-        r_values, weight = self._unscaled(run, r.values)
-        groups = made.conv.args["groups"]
-        factor = r.mass.new_ones(len(v)) if r.factor is None else r.factor
-        count = max(1, LARGE // v[0].nbytes)
-        masses = []
-        for x, g, f in zip(*(t.split(count) for t in (v, r_values, factor)), strict=True):
-            g = run.kernels.conv(g, weight, x.shape, *made.window, groups=groups)
-            q, mass = run.kernels.product(g, x, f, inplace=True)
-            if q is not x:
-                x.copy_(q)
-            masses.append(mass)
-        return v, torch.cat(masses)
-
-    def transpose_part(self, run: Run, call: Call, g: Tensor) -> tuple[Tensor, Part] | None:
-        """Of a 1×1 convolution with a stride, which most pixels do not reach."""
-        # In 16 bits what is added to the sums of other paths would be rounded once more.
-        if self.part is None or g.dtype.itemsize < 4:
-            return None
-        g, weight = self._unscaled(run, g)
-        shape = (len(g), run.like(call.args["input"]).shape[1], *g.shape[2:])
-        return run.kernels.conv(g, weight, shape, groups=call.args["groups"]), self.part
-
-    def _unscaled(self, run: Run, g: Tensor) -> tuple[Tensor, Tensor]:
-        """g and the weight that is left to transpose, of the same dtype."""
-        made = self.instruction
-        left: tuple[Tensor, Tensor | None] | None = run.scratch.pop(made, None)
-        if left is None:
-            weight = run.value(made.conv.args["weight"])
-            scale = None if made.norm is None else run.scratch[made.norm.node][0]
-            # Whichever is less work to scale; in 16 bits the weight would be rounded once more.
-            folds = scale is not None and made.suits and weight.numel() < g.numel()
-            left = (made.fold(run)[0], None) if folds else (weight, scale)
-        weight, scale = left
-        if scale is not None:
-            g = g * per_channel(scale, g.dim()).to(g.dtype)
-        return g, weight.to(g.dtype)
-
-    def linear_part(self, run: Run, call: Call, x: Tensor) -> Tensor:
-        args, weight = call.args, self.instruction.fold(run)[0].to(x.dtype)
-        y: Tensor = call.target(
-            x, weight, None, args["stride"], args["padding"], args["dilation"], args["groups"]
-        )
-        return y
 
 
 class RestoredSum(Sum):
@@ -426,10 +325,10 @@ class RestoredSum(Sum):
     def needs(self, call: Call) -> tuple[Node, ...]:
         return (self.result, self.other)
 
-    def propagate(self, run: Run, call: Call, terms: Any) -> Any:
-        s, b = run.value(self.result), run.value(self.other)
-        r_a, r_b = run.split(call.node, self.result, s, b, terms, from_sum=True)
-        by_node = {self.first: [r_a], self.other: [r_b]}
+    def propagate(self, run: Pass, call: Call, r: Tensor) -> Sequence[Tensor]:
+        s, b = (run.value(node).to(r.dtype) for node in (self.result, self.other))
+        r_a, r_b = run.kernels.split(s, b, r, from_sum=True)
+        by_node = {self.first: r_a, self.other: r_b}
         return [by_node[node] for node in call.active]
 
 

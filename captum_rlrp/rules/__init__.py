@@ -7,24 +7,37 @@ from typing import Any
 import torch
 
 from .attention import ScaledDotProductAttention
-from .base import Call, LinearRule, Part, Relevance, Rule
-from .choice import Chosen, Extremum, Maximum, Where
+from .base import Call, Rule, Slot
+from .choice import Chosen, Clamp, Extremum, Maximum, Where
 from .convolution import Convolution
-from .dense import Dense, Matmul
+from .dense import Dense, Linear, WithShift
 from .join import Join, Overwrite, Scatter
+from .linear import LinearRule
 from .normalization import BatchNorm
+from .pass_ import Like, Pass
 from .passthrough import InstanceNorm, PassThrough
-from .pooling import AdaptiveAvgPool, AvgPool, MaxPool, Reduction
+from .pooling import AdaptiveAvgPool, AvgPool, MaxPool, Reduction, Trapezoid
 from .product import GatedLinearUnit, Product, Scale
-from .shape import Copy, Dropout, Interpolate, Linear, Move, Pad, Reshape
+from .shape import (
+    Copy,
+    Difference,
+    Dropout,
+    GridSample,
+    Interpolate,
+    Move,
+    Overlapping,
+    Pad,
+    Reshape,
+)
 from .skip import Sum
 
 __all__ = [
     "Call",
+    "Like",
     "LinearRule",
-    "Part",
-    "Relevance",
+    "Pass",
     "Rule",
+    "Slot",
     "find_rule",
     "register_rule",
     "reshapes",
@@ -37,17 +50,16 @@ def _add(rule: Rule, names: str) -> None:
     _TABLE.update(dict.fromkeys(names.split(), rule))
 
 
-# §2 linear maps
-_add(Dense(), "linear")
-_add(Matmul(), "matmul mm bmm mv dot einsum")
-_add(Matmul("self"), "addmm baddbmm addmv")
+# §2 dense maps
+_add(Linear(), "linear")
+_add(Dense(), "matmul mm bmm mv dot einsum")
+_add(WithShift(), "addmm baddbmm addmv")
+_add(ScaledDotProductAttention(), "scaled_dot_product_attention")
+
+# §2 spatial maps
 _add(
     Convolution(),
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution",
-)
-_add(
-    BatchNorm(),
-    "batch_norm _native_batch_norm_legit_no_training native_batch_norm cudnn_batch_norm",
 )
 for _n in (1, 2, 3):
     _add(AvgPool(_n), f"avg_pool{_n}d")
@@ -55,22 +67,27 @@ for _n in (1, 2, 3):
     _add(MaxPool(_n), f"max_pool{_n}d max_pool{_n}d_with_indices")
     _add(MaxPool(_n, adaptive=True), f"adaptive_max_pool{_n}d")
 _add(Reduction(), "mean sum")
-_add(Linear("input"), "grid_sampler grid_sampler_2d grid_sampler_3d")
-_add(Linear("self"), "max_unpool2d max_unpool3d")
-_add(Linear("src"), "scatter_add")
-_add(Linear(), "cumsum tril triu col2im fold trapezoid diff")
+_add(Trapezoid(), "trapezoid")
+_add(Difference(), "diff")
+_add(Overlapping(), "cumsum col2im fold")
+_add(Overlapping("src"), "scatter_add")
+_add(GridSample("input"), "grid_sampler grid_sampler_2d grid_sampler_3d")
 _add(
-    Interpolate(nearest=False),
-    "upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d "
-    "_upsample_bilinear2d_aa _upsample_bicubic2d_aa",
+    Interpolate(),
+    "upsample_linear1d upsample_bilinear2d upsample_trilinear3d _upsample_bilinear2d_aa",
+)
+_add(Interpolate(cubic=True), "upsample_bicubic2d _upsample_bicubic2d_aa")
+
+# §2, §6 one input for each output: relevance follows the elements
+_add(
+    BatchNorm(),
+    "batch_norm _native_batch_norm_legit_no_training native_batch_norm cudnn_batch_norm",
 )
 _add(
     Interpolate(nearest=True),
     "upsample_nearest1d upsample_nearest2d upsample_nearest3d "
     "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d",
 )
-
-# §2, §6 shape ops: relevance follows the elements
 _add(
     Reshape(),
     "view reshape flatten unflatten squeeze unsqueeze _unsafe_view view_as "
@@ -82,7 +99,8 @@ _add(
     "slice select narrow index_select index gather take take_along_dim expand expand_as "
     "broadcast_to repeat tile repeat_interleave flip fliplr flipud rot90 roll unfold pixel_shuffle "
     "pixel_unshuffle channel_shuffle native_channel_shuffle diagonal as_strided "
-    "permute_copy transpose_copy slice_copy select_copy expand_copy t_copy",
+    "permute_copy transpose_copy slice_copy select_copy expand_copy t_copy tril triu "
+    "im2col max_unpool2d max_unpool3d",
 )
 _add(
     Copy(),
@@ -93,7 +111,7 @@ _add(Dropout(), "dropout feature_dropout alpha_dropout feature_alpha_dropout nat
 _add(
     Pad(),
     "pad constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d "
-    "replication_pad1d replication_pad2d replication_pad3d im2col",
+    "replication_pad1d replication_pad2d replication_pad3d",
 )
 
 # §3 pass-through
@@ -101,7 +119,7 @@ _add(
     PassThrough("self"),
     "relu relu6 leaky_relu elu celu selu gelu silu mish sigmoid tanh hardswish hardsigmoid "
     "hardtanh softplus softshrink hardshrink tanhshrink threshold rrelu log_sigmoid prelu "
-    "_prelu_kernel clamp clamp_min clamp_max softmax log_softmax _softmax _log_softmax "
+    "_prelu_kernel softmax log_softmax _softmax _log_softmax "
     "_safe_softmax exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square pow abs sin cos tan "
     "asin acos atan sinh cosh asinh acosh atanh erf erfc reciprocal sign floor ceil round trunc "
     "frac logit softmin softsign nan_to_num sinc float_power",
@@ -119,6 +137,7 @@ _add(Scale(), "neg negative")
 _add(GatedLinearUnit(), "glu")
 
 # §5 choices
+_add(Clamp(), "clamp clamp_min clamp_max")
 _add(Extremum(largest=True), "amax max")
 _add(Extremum(largest=False), "amin min")
 _add(Chosen(), "topk sort kthvalue median nanmedian mode cummax cummin")
@@ -135,7 +154,6 @@ _add(
     "masked_scatter fill zero",
 )
 _add(Overwrite(), "copy")
-_add(ScaledDotProductAttention(), "scaled_dot_product_attention")
 
 _CUSTOM: dict[Any, Rule] = {}
 

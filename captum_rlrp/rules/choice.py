@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .base import Call, LinearRule, Relevance, Rule, sum_to
+from .base import Call, Rule, sum_to
+from .linear import LinearRule
 from .passthrough import PassThrough
 
 if TYPE_CHECKING:
-    from ..run.program import Run
+    from .pass_ import Pass
 
 
 class Maximum(Rule):
@@ -23,22 +25,27 @@ class Maximum(Rule):
         self.sign = sign
 
     def select(self, call: Call) -> Rule | None:
-        if len(call.active) == 2:
-            return self
-        return PassThrough("self" if call.is_active("self") else "other")
+        return self if len(call.active) == 2 else PassThrough(call.slots[0][0])
 
     def needs(self, call: Call) -> tuple[Node, ...]:
         return call.active
 
-    def propagate(self, run: Run, call: Call, terms: list[Relevance]) -> list[list[Relevance]]:
+    def propagate(self, run: Pass, call: Call, r: Tensor) -> Sequence[Tensor]:
         a, b = (run.value(node) for node in call.active)
-        share = 0.5 * (1 + self.sign * torch.sign(a - b))
-        r = run.merge(call.node, terms)
-        shares = (share.to(r.values.dtype), (1 - share).to(r.values.dtype))
-        return [
-            [Relevance(sum_to(r.values * part, value.shape), r.factor)]
-            for part, value in zip(shares, (a, b), strict=True)
-        ]
+        share = (0.5 * (1 + self.sign * torch.sign(a - b))).to(r.dtype)
+        return [sum_to(r * part, v.shape) for part, v in ((share, a), (1 - share, b))]
+
+
+class Clamp(PassThrough):
+    """``clamp`` to constants passes r on; to one other activation it is a maximum or a minimum."""
+
+    def select(self, call: Call) -> Rule | None:
+        if len(call.active) == 1:
+            return PassThrough(call.slots[0][0])
+        bounds = [name for name in ("min", "max") if call.args.get(name) is not None]
+        if len(call.active) == 2 and len(bounds) == 1 and call.is_active("self"):
+            return Maximum(1 if bounds == ["min"] else -1)
+        return None
 
 
 class Extremum(Rule):
@@ -55,7 +62,7 @@ class Extremum(Rule):
     def needs(self, call: Call) -> tuple[Node, ...]:
         return call.active
 
-    def propagate(self, run: Run, call: Call, terms: list[Relevance]) -> list[list[Relevance]]:
+    def propagate(self, run: Pass, call: Call, r: Tensor) -> Sequence[Tensor]:
         x: Tensor = run.value(call.active[0])
         dims = call.args["dim"]
         dims = [dims] if isinstance(dims, int) else list(dims) or list(range(x.dim()))
@@ -64,11 +71,9 @@ class Extremum(Rule):
         moved = x.permute(kept + dims)
         flat = moved.flatten(len(kept))
         winner = (flat.argmax(-1) if self.largest else flat.argmin(-1)).unsqueeze(-1)
-        r = run.merge(call.node, terms)
-        values = r.values.reshape(winner.shape)
-        routed = values.new_zeros(flat.shape).scatter_(-1, winner, values).view(moved.shape)
-        back = [(kept + dims).index(d) for d in range(x.dim())]
-        return [[Relevance(routed.permute(back), r.factor, r.mass)]]
+        r = r.reshape(winner.shape)
+        routed = r.new_zeros(flat.shape).scatter_(-1, winner, r).view(moved.shape)
+        return (routed.permute([(kept + dims).index(d) for d in range(x.dim())]),)
 
 
 class Chosen(Rule):
@@ -80,73 +85,56 @@ class Chosen(Rule):
     def needs(self, call: Call) -> tuple[Node, ...]:
         return call.active
 
-    def propagate(self, run: Run, call: Call, terms: list[Relevance]) -> list[list[Relevance]]:
+    def propagate(self, run: Pass, call: Call, r: Tensor) -> Sequence[Tensor]:
         dim, shape = call.args["dim"], run.like(call.active[0]).shape
         places = run.evaluate(replace(call, item=1), {})
-        r = run.merge(call.node, terms)
-        values = r.values
         if call.args.get("keepdim") is False:
-            places, values = places.unsqueeze(dim), values.unsqueeze(dim)
-        return [[Relevance(values.new_zeros(shape).scatter_add_(dim, places, values), r.factor)]]
+            places, r = places.unsqueeze(dim), r.unsqueeze(dim)
+        return (r.new_zeros(shape).scatter_add_(dim, places, r),)
 
 
 class Masked(LinearRule):
-    """One branch behind a fixed mask: it multiplies by 0 or 1 and may add a constant.
+    """One branch behind a fixed mask, which multiplies by 0 or 1 and may add a constant."""
 
-    An output that the mask covers depends on no input, so alone it is a section.
-    """
+    def fixed(self, call: Call) -> tuple[Node, ...]:
+        return _masks(call)
 
-    def needs(self, call: Call) -> tuple[Node, ...]:
-        return tuple(
-            call.args[name]
-            for name in ("condition", "mask")
-            if isinstance(call.args.get(name), Node)
-        )
+    def one_to_one(self, call: Call) -> bool:
+        return True
 
-    def _keep(self, run: Run, call: Call) -> Tensor:
-        if "mask" in call.args:
-            mask: Tensor = run.value(call.args["mask"])
-            return mask if call.is_active("value") else ~mask
-        condition: Tensor = run.value(call.args["condition"])
-        return ~condition if call.is_active("other") else condition
+    def apply(self, run: Pass, call: Call, x: Tensor, *, absolute: bool = False) -> Tensor:
+        return x * self._kept(run, call)
 
-    def transpose(self, run: Run, call: Call, g: Tensor) -> Tensor:
-        return sum_to(g * self._keep(run, call), run.like(self.operand(call)).shape)
+    def route(self, run: Pass, call: Call, r: Tensor) -> Tensor:
+        return sum_to(r * self._kept(run, call), run.like(self.operand(call)).shape)
 
-    def linear_part(self, run: Run, call: Call, x: Tensor) -> Tensor:
-        return (x * self._keep(run, call)).expand(run.like(call.node).shape)
+    def _kept(self, run: Pass, call: Call) -> Tensor:
+        (mask,) = (run.value(node) for node in _masks(call))
+        covers = call.is_active("value") if "mask" in call.args else not call.is_active("other")
+        return mask if covers else ~mask
 
 
 class Where(Rule):
     """``where`` and ``masked_fill``: relevance follows the elements; the condition is a gate."""
 
     def select(self, call: Call) -> Rule | None:
-        branches = [call.args.get(name) for name in ("self", "other", "input", "value")]
-        condition = call.args.get("condition", call.args.get("mask"))
-        if any(a not in branches for a in call.active):
+        if any(name not in ("self", "other", "input", "value") for name, _ in call.slots):
             return None
-        fixed = isinstance(condition, Node) and not condition.meta.get("depends", True)
-        return Masked() if len(call.active) == 1 and fixed else self
+        fixed = all(not node.meta.get("depends", True) for node in _masks(call))
+        return Masked() if len(call.active) == 1 and fixed and _masks(call) else self
 
     def needs(self, call: Call) -> tuple[Node, ...]:
-        return tuple(
-            call.args[name]
-            for name in ("condition", "mask")
-            if isinstance(call.args.get(name), Node)
-        )
+        return _masks(call)
 
-    def propagate(self, run: Run, call: Call, terms: list[Relevance]) -> list[list[Relevance]]:
-        r = run.merge(call.node, terms)
-        if "condition" in call.args:
-            chosen = {"self": run.value(call.args["condition"])}
-            chosen["other"] = ~chosen["self"]
-        else:
-            chosen = {"value": run.value(call.args["mask"])}
-            chosen["self"] = ~chosen["value"]
-        names = [next(n for n in chosen if call.args.get(n) is node) for node in call.active]
-        if len(names) == 2 and call.active[0] is call.active[1]:
-            names = list(chosen)
+    def propagate(self, run: Pass, call: Call, r: Tensor) -> Sequence[Tensor]:
+        (mask,) = (run.value(node) for node in _masks(call))
+        first = "self" if "condition" in call.args else "value"  # taken where the mask is true
         return [
-            [Relevance(sum_to(r.values * chosen[name], run.like(node).shape), r.factor)]
-            for name, node in zip(names, call.active, strict=True)
+            sum_to(r * (mask if name == first else ~mask), run.like(node).shape)
+            for (name, _), node in zip(call.slots, call.active, strict=True)
         ]
+
+
+def _masks(call: Call) -> tuple[Node, ...]:
+    masks = (call.args.get(name) for name in ("condition", "mask"))
+    return tuple(mask for mask in masks if isinstance(mask, Node))

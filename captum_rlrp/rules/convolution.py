@@ -1,111 +1,124 @@
-"""Convolutions and transposed convolutions in 1 to 3 dimensions (method.md §2)."""
+"""Convolutions and transposed convolutions in 1 to 3 dimensions, spatial maps (method.md §2)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..kernels.reference import every, ints
-from .attention import PRODUCT
-from .base import Call, LinearRule, Part, Rule, adjoint
+from ..graph.sign import is_nonnegative
+from ..kernels.reference import Window, ints
+from .base import Call, Rule, Slot
+from .dense import MatrixProduct
+from .linear import LinearRule
 
 if TYPE_CHECKING:
-    from ..run.program import Run
+    from .pass_ import Pass
 
 
 class Convolution(LinearRule):
-    """y = w ∗ x + b; Jᵀ g is the convolution's input gradient, for which x itself is not needed."""
+    """y = w ∗ x + b, linear in the image or, where that is what depends on the inputs, in w."""
+
+    constants = ("weight", "input")
+    shift: ClassVar[Mapping[str, Any]] = {"bias": None}
+
+    def __init__(self, slot: Slot | None = None) -> None:
+        self._slot = slot
+
+    def slot(self, call: Call) -> Slot:
+        return self._slot or call.slots[0]
 
     def select(self, call: Call) -> Rule | None:
         if call.is_active("bias"):
             return None
-        return self if len(call.active) == 1 else PRODUCT
+        return self if len(call.active) == 1 else MatrixProduct(Convolution)
 
-    def needs(self, call: Call) -> tuple[Node, ...]:
-        return (call.args["weight" if call.is_active("input") else "input"],)
+    def _of_image(self, call: Call) -> bool:
+        """Whether it is linear in a batch of images, with padding alike on both sides."""
+        same_rank = len(call.shape("input")) == len(call.shape("weight"))
+        return self.slot(call)[0] == "input" and same_rank and window(call) is not None
 
-    def transpose(self, run: Run, call: Call, g: Tensor) -> Tensor:
-        return self._transpose(run, call, g, run.value(call.args["weight"]))
-
-    def _transpose(self, run: Run, call: Call, g: Tensor, weight: Tensor) -> Tensor:
-        padding = _padding(call)
+    def transpose(self, run: Pass, call: Call, g: Tensor, *, absolute: bool = False) -> Tensor:
+        if not self._of_image(call):
+            return super().transpose(run, call, g, absolute=absolute)
+        weight = run.value(call.args["weight"]).to(g.dtype)
         shape = run.like(call.args["input"]).shape
-        if not call.is_active("input") or padding is None or len(shape) != weight.dim():
-            overrides: dict[str, Any] = {"bias": None}
-            if call.is_active("input"):
-                overrides["weight"] = weight.to(g.dtype)
-            return adjoint(run, call, self.operand(call), g, overrides)
-        transposed, output_padding = _transposed(call)
-        return run.kernels.conv(
-            g,
-            weight.to(g.dtype),
-            shape,
-            _per_axis(call.args["stride"], call),
-            padding,
-            _per_axis(call.args["dilation"], call),
-            transposed,
-            output_padding,
-            call.args["groups"],
-        )
+        return run.kernels.conv(g, weight.abs() if absolute else weight, shape, _window(call))
 
-    def linear_part(self, run: Run, call: Call, x: Tensor) -> Tensor:
-        return run.evaluate(call, {self.operand(call): x}, overrides={"bias": None})
+    def shares(self, run: Pass, call: Call, x: Tensor, r: Tensor) -> Tensor:
+        if not self._of_image(call):
+            return super().shares(run, call, x, r)
+        weight = run.value(call.args["weight"]).to(r.dtype)
+        absolute = x if is_nonnegative(self.operand(call)) else x.abs()
+        result, seen = run.kernels.conv_relevance(absolute, weight, r, _window(call))
+        run.check(seen)
+        return result
 
     def one_to_one(self, call: Call) -> bool:
-        if not call.is_active("input"):
+        if self.slot(call)[0] != "input":
             return False
-        weight, (transposed, output_padding) = call.shape("weight"), _transposed(call)
-        if not transposed:
-            pads = _padding(call)
-            return weight[1] * prod(weight[2:]) == 1 and pads is not None and not any(pads)
+        found, weight = window(call), call.shape("weight")
+        if found is None or not found.transposed:
+            return weight[1] * prod(weight[2:]) == 1 and found is not None
         # Windows that tile the output (padding cuts it), one input channel a group.
         return (
-            weight[0] == call.args["groups"]
-            and list(weight[2:]) == _per_axis(call.args["stride"], call)
-            and all(d == 1 for d in _per_axis(call.args["dilation"], call))
-            and all(o <= p for o, p in zip(output_padding, _padding(call) or [], strict=True))
+            weight[0] == found.groups
+            and list(weight[2:]) == found.stride
+            and all(d == 1 for d in found.dilation)
+            and all(o <= p for o, p in zip(found.output_padding, found.padding, strict=True))
         )
 
-    def route(self, run: Run, call: Call, r: Tensor) -> Tensor:
+    def route(self, run: Pass, call: Call, r: Tensor) -> Tensor:
         weight = run.value(call.args["weight"])
-        return self._transpose(run, call, r, torch.ones_like(weight, dtype=r.dtype))
+        ones = torch.ones_like(weight, dtype=r.dtype)
+        shape = run.like(call.args["input"]).shape
+        if len(shape) == weight.dim():
+            return run.kernels.conv(r, ones, shape, _window(call))
+        return run.kernels.conv(r.unsqueeze(0), ones, (1, *shape), _window(call)).squeeze(0)
 
 
-def part_read(call: Call) -> Part | None:
-    """The pixels that a 1×1 convolution with a stride reads; None where others are read too."""
-    transposed, _ = _transposed(call)
-    if transposed or prod(call.shape("weight")[2:]) != 1 or not call.is_active("input"):
+def window(call: Call) -> Window | None:
+    """The convolution's window; None where "same" pads more on one side than on the other."""
+    rank = len(call.shape("weight")) - 2
+    padding = _padding(call, rank)
+    if padding is None:
         return None
-    strides, padding = _per_axis(call.args["stride"], call), _padding(call)
-    batched = len(call.shape("input")) == len(strides) + 2
-    skips = any(s > 1 for s in strides) and padding is not None and not any(padding)
-    return every(strides) if skips and batched else None
-
-
-def _per_axis(value: Any, call: Call) -> list[int]:
-    """``[1]`` stands for as many axes as the kernel has."""
-    return ints(value, len(call.shape("weight")) - 2)
-
-
-def _transposed(call: Call) -> tuple[bool, list[int]]:
     transposed = call.args.get("transposed")
     if transposed is None:
         transposed = "output_padding" in call.args
-    return transposed, _per_axis(call.args.get("output_padding", 0), call)
+    args: Any = call.args
+    return Window(
+        ints(args["stride"], rank),
+        padding,
+        ints(args["dilation"], rank),
+        transposed,
+        ints(args.get("output_padding", 0), rank),
+        args["groups"],
+    )
 
 
-def _padding(call: Call) -> list[int] | None:
-    """Padding per axis; None where "same" needs more on one side than on the other."""
+def _window(call: Call) -> Window:
+    found = window(call)
+    assert found is not None
+    return found
+
+
+def _padding(call: Call, rank: int) -> list[int] | None:
     padding = call.args["padding"]
     if not isinstance(padding, str):
-        return _per_axis(padding, call)
-    kernel = list(call.shape("weight")[2:])
+        return ints(padding, rank)
     if padding == "valid":
-        return [0] * len(kernel)
-    dilation = _per_axis(call.args["dilation"], call)
+        return [0] * rank
+    kernel, dilation = list(call.shape("weight")[2:]), ints(call.args["dilation"], rank)
     total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     return [t // 2 for t in total] if all(t % 2 == 0 for t in total) else None
+
+
+def weight_of(call: Call) -> Node:
+    """The node of the filters."""
+    node: Node = call.args["weight"]
+    return node

@@ -1,70 +1,183 @@
-"""Dense maps (method.md §2): ``Linear`` and products with a constant matrix."""
+"""Dense maps (method.md §2): ``Linear`` and products with a matrix, of constants or activations."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .attention import PRODUCT
-from .base import Call, LinearRule, Rule, adjoint
+from .base import Call, Rule, Slot
+from .linear import LinearRule, places
 
 if TYPE_CHECKING:
-    from ..run.program import Run
+    from .pass_ import Pass
+
+aten = torch.ops.aten
 
 
-class Matmul(LinearRule):
-    """A product of matrices, one of them constant. Of two activations: see ``attention.py``.
+class Dense(LinearRule):
+    """A product of two matrices seen as linear in one of them, the other held fixed.
 
     Args:
-        bias: Name of the argument that is added to the product, if the op has one.
+        slot: Where the one stands; the only active operand by default.
     """
 
-    def __init__(self, bias: str | None = None) -> None:
-        self.bias = bias
+    signed = True
+    constants = ("weight", "input", "self", "other", "mat1", "mat2", "batch1", "batch2", "vec",
+                 "tensor", "tensors", "operands")  # fmt: skip
+    shift: ClassVar[Mapping[str, Any]] = {"bias": None}
+
+    def __init__(self, slot: Slot | None = None) -> None:
+        self._slot = slot
+
+    def slot(self, call: Call) -> Slot:
+        return self._slot or call.slots[0]
 
     def select(self, call: Call) -> Rule | None:
-        if self.bias is not None and call.is_active(self.bias):
+        if any(call.is_active(name) for name in self.shift):
             return None
-        return self if len(call.active) == 1 else PRODUCT
-
-    def linear_part(self, run: Run, call: Call, x: Tensor) -> Tensor:
-        y = super().linear_part(run, call, x)
-        if self.bias is None:
-            return y
-        return y - super().linear_part(run, call, x.new_zeros(()).expand_as(x))
-
-
-class Dense(Matmul):
-    """``aten.linear``: y = x Wᵀ + b, Jᵀ g = g W."""
-
-    def __init__(self) -> None:
-        super().__init__("bias")
-
-    def _constant_weight(self, call: Call) -> bool:
-        return call.is_active("input")
-
-    def transpose(self, run: Run, call: Call, g: Tensor) -> Tensor:
-        if not self._constant_weight(call):
-            return adjoint(run, call, self.operand(call), g, {"bias": None})
-        weight: Tensor = run.value(call.args["weight"])
-        if weight.dtype != g.dtype:
-            weight = weight.to(g.dtype)
-        column = run.start_column(call.node)
-        if column is not None:
-            return run.kernels.linear_rows(weight, column)
-        return run.kernels.linear(g, weight)
-
-    def linear_part(self, run: Run, call: Call, x: Tensor) -> Tensor:
-        return run.evaluate(call, {self.operand(call): x}, overrides={"bias": None})
+        return self if len(call.active) == 1 else MatrixProduct(type(self))
 
     def one_to_one(self, call: Call) -> bool:
-        return self._constant_weight(call) and call.shape("weight")[1] == 1
+        if "equation" in call.args:
+            return _sums_nothing(call, self.slot(call)[1])
+        first = next(name for name in _FIRST if name in call.args)
+        return bool(call.shape(first)[-1] == 1)
 
-    def route(self, run: Run, call: Call, r: Tensor) -> Tensor:
-        return r.sum(-1, keepdim=True)
+    def route(self, run: Pass, call: Call, r: Tensor) -> Tensor:
+        """``Aᵀ r`` with 1 in place of the coefficients."""
+        slot = self.slot(call)
+        ones = {
+            (name, index): torch.ones_like(run.value(node), dtype=r.dtype)
+            for name in self.constants
+            if name in call.args and name not in self.shift
+            for index, node in places(call.args[name])
+            if (name, index) != slot
+        }
+        like = run.like(self.operand(call))
+        with torch.inference_mode(False), torch.enable_grad():
+            x = torch.zeros(like.shape, dtype=r.dtype, device=r.device).requires_grad_()
+            shift = {name: None for name in self.shift if name in call.args and name == "bias"}
+            y = run.evaluate(call, {slot: x, **ones}, overrides=shift)
+            (result,) = torch.autograd.grad(y, x, r.clone() if r.is_inference() else r)
+        return result.detach()
+
+
+# The first factor of a product, whose last axis is summed over.
+_FIRST = ("mat1", "batch1", "mat", "input", "self")
+
+
+def _sums_nothing(call: Call, operand: int | None) -> bool:
+    """Whether an einsum sums over no axis of an operand that has more than one element."""
+    terms, arrow, result = call.args["equation"].replace(" ", "").partition("->")
+    if not arrow or operand is None:
+        return False
+    before, _, behind = terms.split(",")[operand].partition("...")
+    shape = call.shape(call.args["tensors"][operand])
+    sizes = [*zip(before, shape, strict=False)]
+    sizes += [*zip(reversed(behind), reversed(shape), strict=False)]
+    return all(letter in result or bool(size == 1) for letter, size in sizes)
+
+
+class Linear(Dense):
+    """``aten.linear``: y = x Wᵀ + b."""
+
+    def _multiplies(self, call: Call) -> bool:
+        return self.slot(call)[0] == "input" and len(call.shape("weight")) == 2
+
+    def transpose(self, run: Pass, call: Call, g: Tensor, *, absolute: bool = False) -> Tensor:
+        if not self._multiplies(call):
+            return super().transpose(run, call, g, absolute=absolute)
+        weight: Tensor = run.value(call.args["weight"]).to(g.dtype)
+        if call.node is run.output and run.column is not None and not absolute:
+            return run.kernels.linear_rows(weight, run.column)
+        return run.kernels.linear(g, weight.abs() if absolute else weight)
+
+    def shares(self, run: Pass, call: Call, x: Tensor, r: Tensor) -> Tensor:
+        if not self._multiplies(call):
+            return super().shares(run, call, x, r)
+        weight = run.value(call.args["weight"]).to(r.dtype)
+        result, seen = run.kernels.linear_relevance(x, weight, r)
+        run.check(seen)
+        return result
+
+    def route(self, run: Pass, call: Call, r: Tensor) -> Tensor:
+        return r.sum(-1, keepdim=True) if self._multiplies(call) else super().route(run, call, r)
+
+
+class WithShift(Dense):
+    """``addmm`` and its kin: a product and a constant added to it."""
+
+    shift: ClassVar[Mapping[str, Any]] = {"self": None}
+
+    def apply(self, run: Pass, call: Call, x: Tensor, *, absolute: bool = False) -> Tensor:
+        like = run.like(call.node)
+        zero = torch.zeros(like.shape, dtype=x.dtype, device=x.device)
+        constants = tuple(name for name in self.constants if name != "self")
+        return run.evaluate(
+            call,
+            {self.slot(call): x},
+            absolute=constants if absolute else (),
+            overrides={"self": zero, "beta": 0, "alpha": 1},
+        )
+
+
+# ---- products of two activations (§6) ----------------------------------------------------------
+
+_SOFTMAX = {aten.softmax, aten._softmax, aten._safe_softmax}
+# What may lie between a softmax and the product that uses its weights.
+_KEEPS_WEIGHTS = {
+    aten.dropout, aten.view, aten.reshape, aten.permute, aten.transpose, aten.contiguous,
+    aten.clone, aten.unsqueeze, aten.squeeze, aten.expand, aten.to, aten._to_copy, aten.masked_fill,
+    aten.mul, aten.div, aten.slice, aten.select, aten.flatten, aten.unflatten, aten.pad,
+    aten.constant_pad_nd,
+}  # fmt: skip
+
+
+def is_weights(node: Any) -> bool:
+    """Whether the value is the output of a softmax, reshaped or masked maybe."""
+    while isinstance(node, Node):
+        packet = getattr(node.target, "overloadpacket", None)
+        if packet in _SOFTMAX:
+            return True
+        if packet not in _KEEPS_WEIGHTS:
+            return False
+        node = node.args[0]
+    return False
+
+
+class MatrixProduct(Rule):
+    """y = A·V of two activations, as a dense map of V with the matrix A.
+
+    Attention weights are a gate and receive nothing. Where neither operand is attention weights,
+    each takes half of r, with the other as its matrix.
+
+    Args:
+        linear: The rule of the product as a map of one operand.
+    """
+
+    def __init__(self, linear: Callable[[Slot], LinearRule]) -> None:
+        self.linear = linear
+
+    def slots(self, call: Call) -> list[Slot]:
+        """Where the operands stand that receive relevance."""
+        values = [slot for slot in call.slots if not is_weights(call.at(slot))]
+        return values if len(values) == 1 else list(call.slots)
+
+    def carriers(self, call: Call) -> tuple[Node, ...]:
+        return tuple(call.at(slot) for slot in self.slots(call))
 
     def needs(self, call: Call) -> tuple[Node, ...]:
-        weight = call.args["weight"] if self._constant_weight(call) else call.args["input"]
-        return (weight,)
+        return tuple(call.nodes())
+
+    def of(self, slot: Slot) -> LinearRule:
+        """The product as a linear map of the operand at a place."""
+        return self.linear(slot)
+
+    def propagate(self, run: Pass, call: Call, r: Tensor) -> Sequence[Tensor]:
+        slots = self.slots(call)
+        r = r / len(slots) if len(slots) > 1 else r
+        return [part for slot in slots for part in self.of(slot).propagate(run, call, r)]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from torch import Tensor
 from torch.fx import Node
 
-from .base import Call, Relevance, Rule, adjoint, sum_to
+from .base import Call, Rule, Slot, sum_to
+from .linear import LinearRule
 
 if TYPE_CHECKING:
-    from ..run.program import Run
+    from .pass_ import Pass
 
 
 class Join(Rule):
@@ -22,10 +25,13 @@ class Join(Rule):
         """What is joined, in order."""
         return tuple(call.args["tensors"])
 
-    def propagate(self, run: Run, call: Call, terms: list[Relevance]) -> list[list[Relevance]]:
-        dim = call.args["dim"] % len(run.like(call.node).shape)
+    def carriers(self, call: Call) -> tuple[Node, ...]:
+        return tuple(operand for operand in self.operands(call) if operand in call.active)
+
+    def propagate(self, run: Pass, call: Call, r: Tensor) -> Sequence[Tensor]:
+        dim = call.args["dim"] % r.dim()
         carriers = self.carriers(call)
-        parts: list[list[Relevance]] = []
+        parts = []
         start = 0
         for operand in self.operands(call):
             active = operand in carriers
@@ -34,18 +40,10 @@ class Join(Rule):
             else:  # a constant's is known from the capture
                 size = (run.like(operand).shape if active else call.shape(operand))[dim]
             if active:
-                part = [t.values.narrow(dim, start, size) for t in terms]
-                parts.append(
-                    [
-                        Relevance(p.squeeze(dim) if self.stacks else p, t.factor)
-                        for p, t in zip(part, terms, strict=True)
-                    ]
-                )
+                part = r.narrow(dim, start, size)
+                parts.append(part.squeeze(dim) if self.stacks else part)
             start += size
         return parts
-
-    def carriers(self, call: Call) -> tuple[Node, ...]:
-        return tuple(operand for operand in call.args["tensors"] if operand in call.active)
 
 
 class Extension(Join):
@@ -69,8 +67,15 @@ class Extension(Join):
     def carriers(self, call: Call) -> tuple[Node, ...]:
         return self.operands(call)
 
-    def propagate(self, run: Run, call: Call, terms: list[Relevance]) -> list[list[Relevance]]:
-        return super().propagate(run, call, [run.merge(call.node, terms)])
+
+class _Written(LinearRule):
+    """The result of a write as a linear map of one of the two values."""
+
+    def __init__(self, slot: Slot) -> None:
+        self._slot = slot
+
+    def slot(self, call: Call) -> Slot:
+        return self._slot
 
 
 class Scatter(Rule):
@@ -79,11 +84,8 @@ class Scatter(Rule):
     def needs(self, call: Call) -> tuple[Node, ...]:
         return tuple(node for node in call.nodes() if node not in call.active)
 
-    def propagate(self, run: Run, call: Call, terms: list[Relevance]) -> list[list[Relevance]]:
-        return [
-            [Relevance(adjoint(run, call, node, t.values), t.factor) for t in terms]
-            for node in call.active
-        ]
+    def propagate(self, run: Pass, call: Call, r: Tensor) -> Sequence[Tensor]:
+        return [_Written(slot).transpose(run, call, r) for slot in call.slots]
 
 
 class Overwrite(Rule):
@@ -92,8 +94,5 @@ class Overwrite(Rule):
     def carriers(self, call: Call) -> tuple[Node, ...]:
         return (call.args["src"],) if call.is_active("src") else ()
 
-    def propagate(self, run: Run, call: Call, terms: list[Relevance]) -> list[list[Relevance]]:
-        return [
-            [Relevance(sum_to(t.values, run.like(node).shape), t.factor) for t in terms]
-            for node in self.carriers(call)
-        ]
+    def propagate(self, run: Pass, call: Call, r: Tensor) -> Sequence[Tensor]:
+        return [sum_to(r, run.like(node).shape) for node in self.carriers(call)]

@@ -2,47 +2,42 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
-from torch.fx import Node
 
-from .base import Call, LinearRule, Rule
+from .base import Call, Rule, Slot
+from .linear import LinearRule
 
 if TYPE_CHECKING:
-    from ..run.program import Run
+    from .pass_ import Pass
 
 
 class BatchNorm(LinearRule):
-    """y = (x − μ) · γ/√(σ² + ε) + β with running μ, σ²; neither μ nor β receives relevance."""
+    """y = (x − μ) · γ/√(σ² + ε) + β with running μ, σ²: one-to-one, so r passes unchanged."""
+
+    shift: ClassVar[Mapping[str, Any]] = {"bias": None, "running_mean": None}
 
     def select(self, call: Call) -> Rule | None:
         uses_batch = call.args.get("training") or call.args["running_var"] is None
         return self if not uses_batch and call.active == (call.args["input"],) else None
 
-    def operand(self, call: Call) -> Node:
-        node: Node = call.args["input"]
-        return node
-
-    def needs(self, call: Call) -> tuple[Node, ...]:
-        return tuple(n for n in (call.args["weight"], call.args["running_var"]) if n is not None)
-
-    def scale(self, run: Run, call: Call, dims: int) -> Tensor:
-        """γ/√(σ² + ε), shaped to multiply the channels."""
-        args = call.args
-        variance, weight = run.value(args["running_var"]), run.value(args["weight"])
-        return per_channel(batch_norm_scale(variance, args["eps"], weight), dims)
-
-    def transpose(self, run: Run, call: Call, g: Tensor) -> Tensor:
-        return g * self.scale(run, call, g.dim()).to(g.dtype)
-
-    def linear_part(self, run: Run, call: Call, x: Tensor) -> Tensor:
-        return x * self.scale(run, call, x.dim()).to(x.dtype)
+    def slot(self, call: Call) -> Slot:
+        return ("input", None)
 
     def one_to_one(self, call: Call) -> bool:
         return True
 
-    def route(self, run: Run, call: Call, r: Tensor) -> Tensor:
+    def apply(self, run: Pass, call: Call, x: Tensor, *, absolute: bool = False) -> Tensor:
+        variance, weight = run.value(call.args["running_var"]), run.value(call.args["weight"])
+        scale = batch_norm_scale(variance, call.args["eps"], weight).to(x.dtype)
+        return x * per_channel(scale.abs() if absolute else scale, x.dim())
+
+    def transpose(self, run: Pass, call: Call, g: Tensor, *, absolute: bool = False) -> Tensor:
+        return self.apply(run, call, g, absolute=absolute)
+
+    def route(self, run: Pass, call: Call, r: Tensor) -> Tensor:
         return r
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from torch import Tensor
 from torch.fx import Node
 
-from .base import Call, Relevance, Rule, sum_to
+from .base import Call, Rule, sum_to
+from .normalization import BatchNorm
 
 if TYPE_CHECKING:
-    from ..run.program import Run
+    from .pass_ import Pass
 
 
 class PassThrough(Rule):
@@ -23,7 +26,7 @@ class PassThrough(Rule):
         self.operand = operand
 
     def select(self, call: Call) -> Rule | None:
-        return self if call.is_active(self.operand) else None
+        return self if call.slots == ((self.operand, None),) else None
 
     def carriers(self, call: Call) -> tuple[Node, ...]:
         return (call.args[self.operand],)
@@ -33,14 +36,10 @@ class PassThrough(Rule):
 
         In front of a softmax an infinity is a mask, and ``nan_to_num`` is there to remove it.
         """
-        name = call.target.overloadpacket.__name__
-        return self.operand == "self" and "softmax" not in name and name != "nan_to_num"
+        return self.operand == "self" and "softmax" not in call.name and call.name != "nan_to_num"
 
-    def propagate(self, run: Run, call: Call, terms: list[Relevance]) -> list[list[Relevance]]:
-        shape = run.like(call.args[self.operand]).shape
-        if run.like(call.node).shape == shape:
-            return [terms]
-        return [[Relevance(sum_to(t.values, shape), t.factor) for t in terms]]
+    def propagate(self, run: Pass, call: Call, r: Tensor) -> Sequence[Tensor]:
+        return (sum_to(r, run.like(call.args[self.operand]).shape),)
 
 
 class InstanceNorm(PassThrough):
@@ -51,7 +50,5 @@ class InstanceNorm(PassThrough):
 
     def select(self, call: Call) -> Rule | None:
         if not call.args["use_input_stats"]:
-            from .normalization import BatchNorm
-
             return BatchNorm().select(call)
         return super().select(call)

@@ -1,17 +1,20 @@
-"""Average pooling, a linear map (method.md §2), and max pooling, a choice (§5)."""
+"""Average pooling, a spatial map (method.md §2), and max pooling, a choice (§5)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .base import Call, LinearRule, Relevance, Rule
+from .base import Call, Rule
+from .linear import LinearRule
 
 if TYPE_CHECKING:
-    from ..run.program import Run
+    from .pass_ import Pass
 
 
 def per_axis(value: Any, axes: int) -> list[int]:
@@ -37,9 +40,11 @@ class Pooling:
 
 
 class AvgPool(Pooling, LinearRule):
-    """Average pooling: Jᵀ spreads each output evenly over its window."""
+    """Average pooling; |A| = A."""
 
-    def transpose(self, run: Run, call: Call, g: Tensor) -> Tensor:
+    pools = True
+
+    def transpose(self, run: Pass, call: Call, g: Tensor, *, absolute: bool = False) -> Tensor:
         shape = list(run.like(self.operand(call)).shape)
         whole = self.batched(shape)
         result: Tensor = run.kernels.avg_pool(
@@ -53,18 +58,19 @@ class AvgPool(Pooling, LinearRule):
         return result if whole else result.squeeze(0)
 
     def one_to_one(self, call: Call) -> bool:
-        kernel, _, padding = self.window(call)
-        return all(k == 1 for k in kernel) and not any(padding)
+        return all(k == 1 for k in self.window(call)[0])
 
-    def route(self, run: Run, call: Call, r: Tensor) -> Tensor:
+    def route(self, run: Pass, call: Call, r: Tensor) -> Tensor:
         divisor = call.args.get("divisor_override") or 1
         return self.transpose(run, call, r) * divisor
 
 
 class AdaptiveAvgPool(Pooling, LinearRule):
-    """Adaptive average pooling, global pooling among it."""
+    """Adaptive average pooling, global pooling among it; |A| = A."""
 
-    def transpose(self, run: Run, call: Call, g: Tensor) -> Tensor:
+    pools = True
+
+    def transpose(self, run: Pass, call: Call, g: Tensor, *, absolute: bool = False) -> Tensor:
         shape = list(run.like(self.operand(call)).shape)
         whole = self.batched(shape)
         pooled = shape[-self.axes :]
@@ -83,13 +89,35 @@ class AdaptiveAvgPool(Pooling, LinearRule):
 
 
 class Reduction(LinearRule):
-    """``mean`` and ``sum`` over axes."""
+    """``mean`` and ``sum`` over axes; |A| = A."""
+
+    pools = True
 
     def one_to_one(self, call: Call) -> bool:
-        shape = call.shape(self.operand(call))
-        dims = call.args.get("dim")
-        dims = dims or range(len(shape))
-        return all(shape[d] == 1 for d in ([dims] if isinstance(dims, int) else dims))
+        return all(call.shape(self.operand(call))[d] == 1 for d in _reduced(self, call))
+
+    def route(self, run: Pass, call: Call, r: Tensor) -> Tensor:
+        return r.reshape(run.like(self.operand(call)).shape)
+
+
+def _reduced(rule: LinearRule, call: Call) -> list[int]:
+    """The axes that are summed over."""
+    dims = call.args.get("dim")
+    if isinstance(dims, int):
+        return [dims]
+    return list(dims or range(len(call.shape(rule.operand(call)))))
+
+
+class Trapezoid(LinearRule):
+    """``trapezoid``: a weighted sum over an axis, of whichever sign the steps are."""
+
+    def apply(self, run: Pass, call: Call, x: Tensor, *, absolute: bool = False) -> Tensor:
+        y = super().apply(run, call, x)
+        if not absolute:
+            return y
+        # Each input has a part in one output only, so the column sums are the coefficients.
+        coefficients = super().transpose(run, call, torch.ones_like(y).detach()).abs()
+        return (x * coefficients).sum(call.args["dim"])
 
 
 class MaxPool(Pooling, Rule):
@@ -107,34 +135,31 @@ class MaxPool(Pooling, Rule):
     def needs(self, call: Call) -> tuple[Node, ...]:
         return call.active
 
-    def pool(self, run: Run, call: Call) -> tuple[Tensor, Tensor]:
+    def pool(self, run: Pass, call: Call) -> tuple[Tensor, Tensor]:
         """The maxima, and which elements they were."""
         x = run.value(call.active[0])
         whole = self.batched(x.shape)
         y, winners = self._kernel(run, call, "pool", x if whole else x.unsqueeze(0))
         return y if whole else y.squeeze(0), winners
 
-    def winners(self, run: Run, call: Call) -> Tensor:
+    def winners(self, run: Pass, call: Call) -> Tensor:
         """Which elements were the maxima."""
         return self.pool(run, call)[1]
 
-    def propagate(self, run: Run, call: Call, terms: list[Relevance]) -> list[list[Relevance]]:
+    def propagate(self, run: Pass, call: Call, r: Tensor) -> Sequence[Tensor]:
         shape = list(run.like(call.active[0]).shape)
         whole = self.batched(shape)
-        merged = run.merge(call.node, terms)
-        r = self._kernel(
+        result = self._kernel(
             run,
             call,
             "unpool",
-            merged.values if whole else merged.values.unsqueeze(0),
+            r if whole else r.unsqueeze(0),
             self.winners(run, call),
             shape if whole else [1, *shape],
         )
-        # Where windows overlap, relevances of opposite sign may meet in one element and cancel.
-        mass = None if self._overlaps(call) else merged.mass
-        return [[Relevance(r if whole else r.squeeze(0), merged.factor, mass, owned=True)]]
+        return (result if whole else result.squeeze(0),)
 
-    def _kernel(self, run: Run, call: Call, name: str, *args: Any) -> Any:
+    def _kernel(self, run: Pass, call: Call, name: str, *args: Any) -> Any:
         """Runs max_pool or max_unpool, or what they are called where pooling is adaptive."""
         if self.adaptive:
             size = [per_axis(call.args["output_size"], self.axes)] if name == "pool" else []
@@ -142,10 +167,3 @@ class MaxPool(Pooling, Rule):
         dilation = per_axis(call.args["dilation"], self.axes)
         window = (*self.window(call), dilation, call.args["ceil_mode"])
         return getattr(run.kernels, f"max_{name}")(*args, *window)
-
-    def _overlaps(self, call: Call) -> bool:
-        if self.adaptive:
-            return True
-        kernel, stride, _ = self.window(call)
-        dilated = any(d > 1 for d in per_axis(call.args["dilation"], self.axes))
-        return dilated or any(k > s for k, s in zip(kernel, stride, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,11 +10,12 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..graph.layout import expression
-from .base import Call, LinearRule, Relevance, Rule, sum_to
+from .base import Call, Rule, sum_to
+from .linear import LinearRule
 from .passthrough import PassThrough
 
 if TYPE_CHECKING:
-    from ..run.program import Run
+    from .pass_ import Pass
 
 _EXPANSIONS = {torch.ops.aten.expand, torch.ops.aten.expand_as, torch.ops.aten.broadcast_to}
 
@@ -26,8 +28,7 @@ class Product(Rule):
             return self
         if call.is_active("self"):
             return Scale()
-        divides = call.target.overloadpacket in (torch.ops.aten.div, torch.ops.aten.true_divide)
-        return PassThrough("other") if divides else Scale()
+        return PassThrough("other") if call.name in ("div", "true_divide", "divide") else Scale()
 
     def carriers(self, call: Call) -> tuple[Node, ...]:
         whole = [expression(size) for size in call.shape(call.node)]
@@ -36,15 +37,12 @@ class Product(Rule):
             return call.active
         return (call.active[0 if full[0] else 1],)
 
-    def propagate(self, run: Run, call: Call, terms: list[Relevance]) -> list[list[Relevance]]:
+    def propagate(self, run: Pass, call: Call, r: Tensor) -> Sequence[Tensor]:
         carriers = self.carriers(call)
         if len(carriers) == 1:
-            return [terms]
-        half = [Relevance(t.values * 0.5, t.factor) for t in terms]
-        return [
-            [Relevance(sum_to(t.values, run.like(node).shape), t.factor) for t in half]
-            for node in carriers
-        ]
+            return (r,)
+        half = r * 0.5
+        return [sum_to(half, run.like(node).shape) for node in carriers]
 
 
 def _own_shape(node: Node) -> list[Any]:
@@ -57,20 +55,17 @@ def _own_shape(node: Node) -> list[Any]:
 class Scale(LinearRule):
     """A value multiplied or divided by a constant, or negated."""
 
-    def transpose(self, run: Run, call: Call, g: Tensor) -> Tensor:
-        operand = self.operand(call)
-        return sum_to(run.evaluate(call, {operand: g}, dtype=g.dtype), run.like(operand).shape)
+    constants = ("self", "other")
 
     def one_to_one(self, call: Call) -> bool:
         return True
 
-    def route(self, run: Run, call: Call, r: Tensor) -> Tensor:
+    def route(self, run: Pass, call: Call, r: Tensor) -> Tensor:
         return sum_to(r, run.like(self.operand(call)).shape)
 
 
 class GatedLinearUnit(Rule):
     """``glu``: the product of one half and the sigmoid of the other, so r/2 to each."""
 
-    def propagate(self, run: Run, call: Call, terms: list[Relevance]) -> list[list[Relevance]]:
-        dim = call.args["dim"]
-        return [[Relevance(torch.cat([t.values * 0.5] * 2, dim), t.factor, t.mass) for t in terms]]
+    def propagate(self, run: Pass, call: Call, r: Tensor) -> Sequence[Tensor]:
+        return (torch.cat([r * 0.5] * 2, call.args["dim"]),)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from .base import Call, LinearRule, Rule
+from .base import Call, Rule
+from .linear import LinearRule
 
 if TYPE_CHECKING:
-    from ..run.program import Run
+    from .pass_ import Pass
 
 
 class Move(LinearRule):
-    """An op whose outputs are each one element of its input."""
+    """An op whose outputs are one element of its input each, or a constant."""
 
     def one_to_one(self, call: Call) -> bool:
         return True
@@ -22,14 +24,14 @@ class Move(LinearRule):
 class Reshape(Move):
     """Keeps the order of the elements."""
 
-    def transpose(self, run: Run, call: Call, g: Tensor) -> Tensor:
+    def transpose(self, run: Pass, call: Call, g: Tensor, *, absolute: bool = False) -> Tensor:
         return g.reshape(run.like(self.operand(call)).shape)
 
 
 class Copy(Move):
     """Keeps the values: ``clone``, ``contiguous``, a cast, dropout in eval mode."""
 
-    def transpose(self, run: Run, call: Call, g: Tensor) -> Tensor:
+    def transpose(self, run: Pass, call: Call, g: Tensor, *, absolute: bool = False) -> Tensor:
         return g
 
 
@@ -41,29 +43,15 @@ class Dropout(Copy):
 
 
 class Pad(Move):
-    """Padding. Constant padding has outputs that depend on no input, so alone it is a section."""
+    """Padding; what stands on the constant is dropped."""
 
-    def one_to_one(self, call: Call) -> bool:
-        return call.args.get("mode", "constant") != "constant"
-
-    def linear_part(self, run: Run, call: Call, x: Tensor) -> Tensor:
+    def apply(self, run: Pass, call: Call, x: Tensor, *, absolute: bool = False) -> Tensor:
         overrides = {"value": 0.0} if call.args.get("value") else {}
-        return run.evaluate(call, {self.operand(call): x}, overrides=overrides)
+        return run.evaluate(call, {self.slot(call): x}, overrides=overrides)
 
 
-class Interpolate(LinearRule):
-    """Upsampling. Nearest neighbour copies elements; the others average them."""
-
-    def __init__(self, nearest: bool) -> None:
-        self.nearest = nearest
-
-    def one_to_one(self, call: Call) -> bool:
-        before, after = call.shape(self.operand(call))[2:], call.shape(call.node)[2:]
-        return self.nearest or all(b in (1, a) for b, a in zip(before, after, strict=True))
-
-
-class Linear(LinearRule):
-    """Any other linear op of one operand, transposed by automatic differentiation.
+class Overlapping(LinearRule):
+    """Any other linear op of one operand whose coefficients are not negative.
 
     Args:
         operand: Name of the argument it is linear in; any single one by default.
@@ -76,3 +64,58 @@ class Linear(LinearRule):
         if self._name is not None and not call.is_active(self._name):
             return None
         return self if len(call.active) == 1 else None
+
+
+class GridSample(Overlapping):
+    """``grid_sampler``, bilinear or nearest, by a grid that does not depend on the inputs."""
+
+    def select(self, call: Call) -> Rule | None:
+        is_cubic = call.args.get("interpolation_mode") == 2  # whose coefficients have both signs
+        return None if is_cubic else super().select(call)
+
+
+class Difference(LinearRule):
+    """``diff``: each output is a difference of neighbours, n times over."""
+
+    def select(self, call: Call) -> Rule | None:
+        return self if call.slots == (("self", None),) else None
+
+    def apply(self, run: Pass, call: Call, x: Tensor, *, absolute: bool = False) -> Tensor:
+        dim = call.args["dim"]
+        sides = [call.args.get(name) for name in ("prepend", "append")]
+        before, after = (
+            None if side is None else x.new_zeros([*map(int, run.value(side).shape)])
+            for side in sides
+        )
+        x = torch.cat([part for part in (before, x, after) if part is not None], dim)
+        for _ in range(call.args["n"]):
+            left, right = x.narrow(dim, 0, x.shape[dim] - 1), x.narrow(dim, 1, x.shape[dim] - 1)
+            x = right + left if absolute else right - left
+        return x
+
+
+class Interpolate(LinearRule):
+    """Upsampling. Nearest neighbour copies elements; the others average them.
+
+    Args:
+        nearest: Whether it copies.
+        cubic: Whether coefficients may be negative.
+    """
+
+    def __init__(self, nearest: bool = False, cubic: bool = False) -> None:
+        self.nearest, self.cubic = nearest, cubic
+
+    def one_to_one(self, call: Call) -> bool:
+        before, after = call.shape(self.operand(call))[2:], call.shape(call.node)[2:]
+        return self.nearest or all(b in (1, a) for b, a in zip(before, after, strict=True))
+
+    def apply(self, run: Pass, call: Call, x: Tensor, *, absolute: bool = False) -> Tensor:
+        if not (absolute and self.cubic):
+            return super().apply(run, call, x)
+        # The coefficients along one axis are read off unit vectors, constant along the other.
+        height, width = x.shape[2:]
+        rows = torch.eye(height, dtype=x.dtype, device=x.device)[None, :, :, None]
+        rows = super().apply(run, call, rows.expand(1, height, height, width))[0, :, :, 0].abs()
+        columns = torch.eye(width, dtype=x.dtype, device=x.device)[None, :, None]
+        columns = super().apply(run, call, columns.expand(1, width, height, width))[0, :, 0].abs()
+        return rows.t() @ x @ columns

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.fx import Node
 
-from .base import Call, LinearRule, Relevance, Rule, sum_to
+from .base import Call, Rule, sum_to
+from .linear import LinearRule
 
 if TYPE_CHECKING:
-    from ..run.program import Run
+    from .pass_ import Pass
 
 
 class Sum(Rule):
@@ -22,48 +24,39 @@ class Sum(Rule):
     def needs(self, call: Call) -> tuple[Node, ...]:
         return call.active
 
-    def propagate(self, run: Run, call: Call, terms: list[Relevance]) -> list[list[Relevance]]:
-        a, b = (run.value(node) for node in call.active)
+    def propagate(self, run: Pass, call: Call, r: Tensor) -> Sequence[Tensor]:
+        values = [run.value(node) for node in call.active]
         alpha = call.args.get("alpha", 1)
-        if alpha != 1:
-            # add and sub scale the second operand, rsub the first.
-            a, b = (
-                (a * alpha, b) if call.target.overloadpacket.__name__ == "rsub" else (a, b * alpha)
-            )
-        shape = run.like(call.node).shape
-        r_a, r_b = run.split(call.node, call.active[0], a.expand(shape), b.expand(shape), terms)
-        return [
-            [r if node_shape == shape else Relevance(sum_to(r.values, node_shape), r.factor)]
-            for r, node_shape in zip((r_a, r_b), (a.shape, b.shape), strict=True)
-        ]
+        a, b = (v.to(r.dtype).expand(r.shape) for v in values)
+        if alpha != 1:  # add and sub scale the second operand, rsub the first
+            a, b = (a * alpha, b) if call.name == "rsub" else (a, b * alpha)
+        shares = run.kernels.split(a, b, r)
+        return [sum_to(part, v.shape) for part, v in zip(shares, values, strict=True)]
 
 
 class Shift(LinearRule):
     """A constant added to, or subtracted from, a value; the constant receives nothing."""
 
-    def needs(self, call: Call) -> tuple[Node, ...]:
+    def fixed(self, call: Call) -> tuple[Node, ...]:
         return ()
 
     def _sign(self, call: Call) -> Any:
-        name = call.target.overloadpacket.__name__
         alpha = call.args.get("alpha", 1)
-        first = call.args["self"] is self.operand(call)
-        if name == "rsub":  # other − alpha · self
+        first = self.slot(call)[0] == "self"
+        if call.name == "rsub":  # other − alpha · self
             return -alpha if first else 1
         if first:
             return 1
-        return alpha if name == "add" else -alpha
-
-    def transpose(self, run: Run, call: Call, g: Tensor) -> Tensor:
-        sign = self._sign(call)
-        g = sum_to(g, run.like(self.operand(call)).shape)
-        return g if sign == 1 else g * sign
-
-    def linear_part(self, run: Run, call: Call, x: Tensor) -> Tensor:
-        return (x * self._sign(call)).expand(run.like(call.node).shape)
+        return alpha if call.name == "add" else -alpha
 
     def one_to_one(self, call: Call) -> bool:
         return True
 
-    def route(self, run: Run, call: Call, r: Tensor) -> Tensor:
+    def apply(self, run: Pass, call: Call, x: Tensor, *, absolute: bool = False) -> Tensor:
+        sign = self._sign(call)
+        y = x.expand(run.like(call.node).shape)
+        sign = abs(sign) if absolute else sign
+        return y if sign == 1 else y * sign
+
+    def route(self, run: Pass, call: Call, r: Tensor) -> Tensor:
         return sum_to(r, run.like(self.operand(call)).shape)

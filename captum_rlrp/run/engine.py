@@ -35,13 +35,13 @@ from ..graph.fingerprint import Fingerprint
 from ..graph.form import PLAIN, Form
 from ..graph.mixing import check_apart
 from ..graph.tokens import at_numbers, embeddings
+from ..kernels import reference
 from ..plan.fusion import fuse
 from ..plan.portions import divide, find_portion
-from ..plan.sections import Plan, plan
+from ..plan.steps import Plan, plan
 from .arguments import Batched, device_of, guesses, signature, take
 from .program import Program, Result, find_non_finite
-from .recording import Recordings, Task
-from .several import fork
+from .recording import Begin, Recordings, Task
 from .trial import Trial
 
 _CACHED_PROGRAMS = 32
@@ -56,9 +56,20 @@ WantedFunction = Callable[[CapturedGraph, Sequence[Node]], list[Node]]
 
 @dataclass(frozen=True)
 class Captured:
-    """A program with what must hold for it to be used again."""
+    """A program with what must hold for it to be used again.
+
+    Attributes:
+        program: What runs.
+        plain: The same on the reference kernels, unfused: for numbers that leave float32's range.
+        explained: The explained inputs.
+        wanted: The values whose relevance is asked for.
+        parameters: What the program reads of the model anew at every run.
+        modules: What it took from the model's modules.
+        portion: The most samples that are to go through at a time.
+    """
 
     program: Program
+    plain: Program
     explained: tuple[Node, ...]
     wanted: tuple[Node, ...]
     becomes: Becomes
@@ -108,7 +119,6 @@ class Engine:
         kernels: The backend.
         fuses: Whether the forward may fold and fuse; otherwise it runs as captured.
         layers: Names of the modules whose outputs are asked for; None stands for all leaves.
-        revise: Puts other steps in place of the plan's; for ablations of the method, unfused.
         recordings: CUDA graphs to replay where there are any; None does without.
         form: How the model is called, and which output counts.
         allow_random: Whether random numbers that forward draws count as constants.
@@ -120,15 +130,13 @@ class Engine:
         kernels: ModuleType,
         fuses: bool = True,
         layers: Sequence[str] | None = (),
-        revise: Callable[[Plan], Plan] | None = None,
         recordings: Recordings | None = None,
         form: Form = PLAIN,
         allow_random: bool = False,
     ) -> None:
         self.model = model
         self.layers = layers
-        self.fuses = fuses and revise is None
-        self.revise = revise
+        self.fuses = fuses
         self.recordings = recordings
         self.form = form
         self.allow_random = allow_random
@@ -297,6 +305,8 @@ class Engine:
             # A model that cuts its batch of one still explains that one.
             graph = self._only(args, batch, form)
             made, taps, becomes = self._planned(graph, explained, wanted)
+        reachable = [tap for tap in taps if tap in made.layouts]
+        plain = Program(graph, made, reference, reachable)
         instructions = None
         if self.fuses:
             made, instructions = fuse(graph, made, taps)
@@ -311,7 +321,7 @@ class Engine:
         portion = find_portion(graph, made.layouts) if divides else None
         asked = tuple(taps) if wanted else graph.inputs[:explained]
         captured = Captured(
-            program, graph.inputs[:explained], asked, becomes, parameters,
+            program, plain, graph.inputs[:explained], asked, becomes, parameters,
             Fingerprint(self.model, trial.root.model), portion, tuple(batched),
             batch if batch == 1 or batched != carries_batch(args, batch) else None,
         )  # fmt: skip
@@ -368,7 +378,7 @@ class Engine:
         used = set(graph.nodes)
         made = plan(graph, nodes, [tap for tap in taps if tap in used])
         check_apart(graph, made.layouts)
-        return (made if self.revise is None else self.revise(made)), taps, becomes
+        return made, taps, becomes
 
     def _traced(
         self, args: Sequence[Any], batch: int | None, form: Form, batched: Batched | None = None
@@ -416,7 +426,8 @@ class Engine:
             return
         with torch.no_grad(), no_autocast(trial.args), self._memory:
             values = self._values(captured, parameters, trial.args)
-            trial.check(captured.program.forward(values).output)
+            run = captured.program.forward(values)
+            trial.check(run.values[run.output])
 
     # ---- run ----------------------------------------------------------------------------------
 
@@ -439,20 +450,28 @@ class Engine:
                 values,
                 inputs,
                 captured.explained,
-                lambda output: starts[0](output, rows),
+                _at(starts[0], rows),
                 rows.stop - rows.start,
                 measure_delta,
             )
             if callable(start):
-                result, sums = self.recordings.run(task) if self.recordings else task.run()
-                self._check_finite(task, sums)
+                result, totals = self.recordings.run(task) if self.recordings else task.run()
+                if not _is_sound(totals, result):
+                    result = self._run_wide(replace(task, program=captured.plain))
                 return Explanation(self._parts(captured, values, result), result.delta)
-            run = task.program.forward(task.values)
+            run = task.forward()
+            output = run.values[run.output]
             found = []
             for begin in starts:
-                one = fork(run)
-                result = one.propagate(*begin(run.output, rows), task.batch, measure_delta)
-                self._check_finite(task, one.sums(task.floating))
+                # Each pass back drops what it has read.
+                again = replace(
+                    run, values=dict(run.values), scratch=dict(run.scratch), checked=[*run.checked]
+                )
+                from_here = _at(begin, rows)
+                result, totals = task.back(again, *from_here(output))
+                if not _is_sound(totals, result):
+                    wide = replace(task, program=captured.plain, begin=from_here)
+                    result = self._run_wide(wide)
                 found.append(Explanation(self._parts(captured, values, result), result.delta))
         return _stacked(found)
 
@@ -482,10 +501,12 @@ class Engine:
             values[node] = value.detach() if isinstance(value, Tensor) else value
         return values
 
-    def _check_finite(self, task: Task, sums: Tensor) -> None:
-        finite = [math.isfinite(total) for total in sums.tolist()]
-        if all(finite):
-            return
+    def _run_wide(self, task: Task) -> Result:
+        """The same in float64, for relevance that nearly vanishes and values far from 1.
+
+        Raises:
+            NonFiniteError: Where that does not help, naming the cause.
+        """
         for i, x in enumerate(task.values[node] for node in task.explained):
             if x.is_floating_point() and not x.isfinite().all():
                 kind = "NaN" if x.isnan().any() else "infinite values"
@@ -494,14 +515,51 @@ class Engine:
                     f"Input {i} contains {kind} (first in sample {sample}); an explanation needs "
                     "finite inputs. Remove or impute them."
                 )
-        error = find_non_finite(task.program, dict(task.values))
+        error = find_non_finite(task.program, task.values)
         if error is not None:
             raise error
-        if not all(finite[: len(task.floating) + 2]):
+        result, totals = replace(task, begin=_widened(task.begin)).run()
+        if not all(map(math.isfinite, totals.tolist())):
             raise NonFiniteError(
-                "Relevance overflowed although every value of the model is finite: the weights are "
-                "too large for this dtype. Use float64 (model.double(), inputs.double())."
+                "Relevance overflowed although every value of the model is finite: the weights or "
+                "inputs are too large or too small even for float64. Rescale them."
             )
+        for node, r in result.relevance.items():
+            dtype = node.meta["val"].dtype
+            if r is None or not dtype.is_floating_point:
+                continue
+            masses = r.abs().flatten(1).amax(1) if r.dim() > 1 else r.abs()
+            if bool(((masses > 0) & (masses < torch.finfo(dtype).tiny)).any()):
+                raise NonFiniteError(
+                    f"Relevance shrinks to {float(masses.min()):.1e} on its way to the input, less "
+                    f"than {dtype} can hold: contributions cancel in each of very many layers. "
+                    "Use float64 (model.double(), inputs.double())."
+                )
+        return result
+
+
+_RANGE = {torch.float32: (1e-25, 1e30), torch.float64: (0.0, 1e290)}
+
+
+def _is_sound(totals: Tensor, result: Result) -> bool:
+    """Whether all was finite, no divisor too small, and no sample's relevance vanished."""
+    wide = any(r is not None and r.dtype == torch.float64 for r in result.relevance.values())
+    least, most = _RANGE[torch.float64 if wide else torch.float32]
+    numbers = totals.tolist()
+    return all(map(math.isfinite, numbers)) and numbers[-2] >= least and max(numbers) < most
+
+
+def _widened(begin: Begin) -> Begin:
+    def wide(output: Tensor) -> tuple[Tensor, Tensor | None]:
+        start, column = begin(output)
+        return start.double(), column
+
+    return wide
+
+
+def _at(start: StartFunction, rows: slice) -> Begin:
+    """The start for these rows."""
+    return lambda output: start(output, rows)
 
 
 def _within(start: StartFunction | Sequence[StartFunction], first: int) -> Any:

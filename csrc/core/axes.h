@@ -1,4 +1,4 @@
-// Where the elements of one sample lie, for several tensors of one shape and any strides.
+// Where the elements lie, for several tensors of one shape and any strides.
 //
 // Axes of size 1 are dropped, the rest sorted by the first tensor's strides and merged where all
 // tensors allow it. Tensors that share a dense layout (contiguous, channels_last, ...) become one axis.
@@ -39,7 +39,7 @@ struct Axes {
   }
 };
 
-// The rows of a sample, one after the other: divisions are made for the first one only.
+// The rows, one after the other: divisions are made for the first one only.
 template <int K>
 struct Rows {
   const Axes<K>& axes;
@@ -66,7 +66,7 @@ struct Rows {
   }
 };
 
-// `size` and the strides cover the axes of one sample (no batch axis); rank <= kMaxAxes.
+// `size` and the strides are of the axes; rank <= kMaxAxes.
 template <int K>
 Axes<K> simplify(int rank, const int64_t* size, const int64_t* const (&stride)[K]) {
   int order[kMaxAxes];

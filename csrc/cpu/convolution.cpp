@@ -1,7 +1,7 @@
 // Convolutions over images in channels_last, and their input gradients, with what follows applied on the way:
 // by Winograd's algorithms for filters of 3×3 (convolution_square.h), of other sizes along both axes
-// (convolution_area.h) or along one of them (convolution_line.h), and as they are for 1×1 (convolution_point.h) and
-// over few channels (convolution_few.h).
+// (convolution_area.h) or along one of them (convolution_line.h), and as they are for 1×1 (convolution_point.h), over
+// few channels, and wherever an output must not be rounded by what it does not meet (convolution_direct.h).
 //
 // An image is cut into patches, one for every few outputs. By Winograd's algorithms, patches and filters are
 // transformed to a few terms a channel; for each term, a matrix product over the channels; and back. That is
@@ -11,7 +11,7 @@
 #include <tuple>
 
 #include "convolution_area.h"
-#include "convolution_few.h"
+#include "convolution_direct.h"
 #include "convolution_line.h"
 #include "convolution_point.h"
 #include "convolution_square.h"
@@ -26,6 +26,7 @@ constexpr int64_t kDepth = 128;        // summed at a time: it rounds less, and 
 constexpr int64_t kCached = 5 << 19;   // of a result that caches may still hold when it is read
 constexpr int64_t kMultiple = 32;      // channels come in multiples of it
 constexpr int64_t kMostTaps = 64;      // along an axis
+constexpr int64_t kFewChannels = 4;    // of the input, as of an RGB image
 
 // Some rows of a matrix product over some of the depth, which is added to what was found before.
 template <int kLanes, int kCount>
@@ -231,6 +232,7 @@ void turn(Convolution& conv, int axis, int64_t phase) {
   Image& out = conv.out;
   conv.y += start * out.step[axis];
   if (conv.times) conv.times += start * out.step[axis];
+  if (conv.dividend) conv.dividend += start * out.step[axis];
   out.size[axis] = start < out.size[axis] ? ceil_div(out.size[axis] - start, stride) : 0;
   out.step[axis] *= stride;
   conv.filters.taps += (phase + stride * (taps - 1)) * conv.filters.step[axis];
@@ -242,10 +244,10 @@ void turn(Convolution& conv, int axis, int64_t phase) {
 
 // By the scheme for filters of that size, of which conv may have a phase.
 void run_one(const Convolution& conv, const int64_t (&kernel)[2], const Tensor& model) {
-  if (conv.in.channels <= Few::kMost) return run_by(conv, Few(conv.kernel), model);
+  if (kernel[0] == 1 && kernel[1] == 1) return run_by(conv, Point{}, model);
+  if (conv.direct || conv.in.channels <= kFewChannels) return run_by(conv, Direct(conv.kernel), model);
   if (Square::suits(conv)) return run_by(conv, Square{}, model);
   if (kernel[0] > 1 && kernel[1] > 1) return run_by(conv, Area(conv.kernel, conv.stride), model);
-  if (kernel[0] == 1 && kernel[1] == 1) return run_by(conv, Point{}, model);
   const int axis = kernel[0] == 1;
   run_by(conv, Line(axis, conv.kernel[axis], conv.stride[axis]), model);
 }
@@ -276,9 +278,9 @@ struct Arguments {
     RLRP_CHECK(image.scalar_type() == ScalarType::Float, op, "the image must have dtype float32");
     RLRP_CHECK(image.dim() == 4 && weight.dim() == 4, op, "the image and weight must have 4 axes");
     check_like(op, "weight", weight, "the image", image, false);
-    const bool few = !transpose && weight.size(1) <= Few::kMost;
+    const bool few = !transpose && weight.size(1) <= kFewChannels;
     RLRP_CHECK(weight.size(0) % kMultiple == 0 && (few || weight.size(1) % kMultiple == 0), op,
-               "weight's channels must come in multiples of ", kMultiple, ", or be ", Few::kMost,
+               "weight's channels must come in multiples of ", kMultiple, ", or be ", kFewChannels,
                " at most on the way in");
     RLRP_CHECK(weight.numel() > 0, op, "weight must not be empty");
     RLRP_CHECK(image.size(1) == weight.size(transpose ? 0 : 1), op,
@@ -310,7 +312,7 @@ struct Arguments {
     const bool strewn = height * width == 1 && weight.stride(0) != 1 && weight.stride(1) != 1;
     const Tensor w = strewn ? kept.emplace_back(torch::stable::contiguous(weight)) : weight;
     conv.filters = {data_of<float>(w), w.stride(transpose), w.stride(!transpose), {w.stride(2), w.stride(3)},
-                    vector("scale", scale, w.size(0)), !transpose};
+                    vector("scale", scale, w.size(0)), false};
   }
 
   Ints shape() const { return {conv.batch, conv.out.channels, conv.out.size[0], conv.out.size[1]}; }
@@ -329,7 +331,7 @@ struct Arguments {
   void run_into(Tensor& y) {
     if (y.numel() == 0) return;
     conv.y = result_of<float>(y);
-    conv.streams = y.numel() > kCached && conv.y != conv.times && simd::streams(conv.y);
+    conv.streams = y.numel() > kCached && simd::streams(conv.y);
     run(conv, transpose, y);
   }
 
@@ -338,7 +340,7 @@ struct Arguments {
     std::vector<double> sums(conv.batch, 0.0);
     conv.sums = sums.data();
     run_into(y);
-    Tensor result = new_masses(y);
+    Tensor result = new_sums(y);
     std::copy(sums.begin(), sums.end(), result_of<float>(result));
     return result;
   }
@@ -359,57 +361,41 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
   return {y, before};
 }
 
-Tensor transpose(const Tensor& g, const Tensor& weight, const std::optional<Tensor>& scale, const Ints& size,
-                 const Ints& stride, const Ints& padding) {
-  const char* op = "convolution_transpose";
-  RLRP_CHECK(size.size() == 2, op, "size must have 2 elements");
-  Arguments a(op, g, weight, scale, stride, padding, &size);
-  Tensor result = new_image(g, a.shape(), true);
-  a.run_into(result);
-  return result;
+// The two halves of the law, by |weight| and direct: s = r / convolution(x), for an x that is not negative, with the
+// sums of |s| over each sample;
+std::tuple<Tensor, Tensor> divide(const Tensor& r, const Tensor& x, const Tensor& weight, const Ints& stride,
+                                  const Ints& padding) {
+  Arguments a("convolution_divide", x, weight, std::nullopt, stride, padding);
+  a.conv.filters.absolute = a.conv.direct = true;
+  Tensor s = new_image(x, a.shape(), true);
+  check_like(a.op, "r", r, "the result", s);
+  a.conv.dividend = a.data(r, true);
+  Tensor seen = a.run_and_sum_into(s);
+  return {s, seen};
 }
 
-// factor · x ⊙ convolution_transpose(g), into y, which may be x; returns the mass of it.
-Tensor multiply_into(const char* op, Tensor& y, const Tensor& x, const Tensor& g, const Tensor& weight,
-                     const std::optional<Tensor>& scale, const std::optional<Tensor>& factor, const Ints& stride,
-                     const Ints& padding) {
-  const Ints size = {x.size(2), x.size(3)};
-  Arguments a(op, g, weight, scale, stride, padding, &size);
-  check_like(op, "x", x, "g", g, false);
-  const Ints shape = a.shape();
-  RLRP_CHECK(sizes_of(x) == shape, op, "x must have the shape of the convolution's input");
-  a.conv.factor = a.vector("factor", factor, shape[0]);
-  a.conv.times = a.data(x, true);
-  return a.run_and_sum_into(y);
-}
-
-std::tuple<Tensor, Tensor> product(const Tensor& x, const Tensor& g, const Tensor& weight,
-                                   const std::optional<Tensor>& scale, const std::optional<Tensor>& factor,
-                                   const Ints& stride, const Ints& padding) {
+// and x ⊙ convolution_transpose(s).
+Tensor product(const Tensor& x, const Tensor& s, const Tensor& weight, const Ints& stride, const Ints& padding) {
   const char* op = "convolution_product";
   RLRP_CHECK(x.dim() == 4, op, "x must have 4 axes");
-  Tensor y = new_image(x, sizes_of(x), true);
-  Tensor mass = multiply_into(op, y, x, g, weight, scale, factor, stride, padding);
-  return {y, mass};
-}
-
-Tensor product_(Tensor x, const Tensor& g, const Tensor& weight, const std::optional<Tensor>& scale,
-                const std::optional<Tensor>& factor, const Ints& stride, const Ints& padding) {
-  const char* op = "convolution_product_";
-  RLRP_CHECK(x.dim() == 4, op, "x must have 4 axes");
-  RLRP_CHECK(dense_in(x, true), op, "x must be channels_last");
-  RLRP_CHECK(x.numel() == 0 || x.const_data_ptr() != g.const_data_ptr(), op,
-             "x and g must not be the same tensor");
-  return multiply_into(op, x, x, g, weight, scale, factor, stride, padding);
+  const Ints size = {x.size(2), x.size(3)};
+  Arguments a(op, s, weight, std::nullopt, stride, padding, &size);
+  check_like(op, "x", x, "s", s, false);
+  const Ints shape = a.shape();
+  RLRP_CHECK(sizes_of(x) == shape, op, "x must have the shape of the convolution's input");
+  a.conv.filters.absolute = a.conv.direct = true;
+  a.conv.times = a.data(x, true);
+  Tensor result = new_image(x, shape, true);
+  a.run_into(result);
+  return result;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(captum_rlrp, CPU, m) {
   m.impl("convolution", TORCH_BOX(&forward));
-  m.impl("convolution_transpose", TORCH_BOX(&transpose));
+  m.impl("convolution_divide", TORCH_BOX(&divide));
   m.impl("convolution_product", TORCH_BOX(&product));
-  m.impl("convolution_product_", TORCH_BOX(&product_));
 }
 
 }  // namespace convolution

@@ -39,14 +39,14 @@ struct Image {
 struct Filters {
   const float* taps;
   int64_t out, in, step[2];      // strides
-  const float* scale;            // of a filter, so of the outputs or, on the way back, of the inputs
-  bool scales_out;
+  const float* scale;            // of the outputs
+  bool absolute;                 // whether the absolute values of the taps are meant
 
-  // That of some outputs, from one on, by an input.
+  // The taps of some outputs, from one on, as they are multiplied by.
   template <int kLanes>
-  RLRP_INLINE Vector<kLanes> scale_of(int64_t out, int64_t in) const {
-    if (!scale) return Vector<kLanes>{} + 1.0f;
-    return scales_out ? load<kLanes>(scale + out) : Vector<kLanes>{} + scale[in];
+  RLRP_INLINE Vector<kLanes> finished(const Vector<kLanes>& taps, int64_t out) const {
+    const Vector<kLanes> meant = absolute ? magnitude(taps) : taps;
+    return scale ? meant * load<kLanes>(scale + out) : meant;
   }
 };
 
@@ -62,10 +62,11 @@ struct Convolution {
   const float *x, *bias, *other;
   float* y;
   bool relu;
+  bool direct;   // by no scheme that mixes inputs which an output does not meet
   bool streams;  // y past the caches, which it would only empty
-  // What y is multiplied by, which may be y as it was, and a factor for each sample.
-  const float *times, *factor;
-  double* sums;  // of each sample, if they are wanted: of |y| of a product, else of what precedes ReLU
+  const float* times;     // what y is multiplied by
+  const float* dividend;  // what is divided by y; 0/0 = 0
+  double* sums;           // of each sample, if they are wanted: of |y| of a quotient, else of what precedes ReLU
 
   // The input that the output at a place meets by the tap (i, j); zeros outside of the image.
   const float* pixel(const Place& at, int64_t i, int64_t j, const float* zeros) const {
@@ -125,18 +126,18 @@ template <int kLanes>
 struct Taps {
   const Filters& f;
   const float* first;
-  Vector<kLanes> scale;
+  int64_t out;
 
-  RLRP_INLINE Taps(const Filters& f, int64_t out, int64_t in) : f(f), first(f.taps + out * f.out + in * f.in) {
+  RLRP_INLINE Taps(const Filters& f, int64_t out, int64_t in)
+      : f(f), first(f.taps + out * f.out + in * f.in), out(out) {
     constexpr int kAhead = 8;  // inputs: their filters lie too far apart for the processor to foresee
     for (int lane = 0; lane < kLanes; ++lane) __builtin_prefetch(first + lane * f.out + kAhead * f.in);
-    scale = f.scale_of<kLanes>(out, in);
   }
 
   RLRP_INLINE Vector<kLanes> operator()(int64_t i, int64_t j) const {
     float gathered[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) gathered[lane] = first[lane * f.out + i * f.step[0] + j * f.step[1]];
-    return load<kLanes>(gathered) * scale;
+    return f.finished<kLanes>(load<kLanes>(gathered), out);
   }
 };
 
@@ -183,13 +184,16 @@ RLRP_INLINE inline void multiply(int64_t first, int64_t last, const At& at, cons
 // What becomes of some channels of an output: offset says where they lie. Adds to the output's sum.
 template <int kLanes>
 RLRP_INLINE inline void put(const Convolution& conv, int64_t offset, const Vector<kLanes>& output,
-                            float factor, Vector<kLanes>& sum) {
+                            Vector<kLanes>& sum) {
   Vector<kLanes> y = output;
-  if (conv.other) y += load<kLanes>(conv.other + offset);
-  if (conv.times) {
-    y = y * factor * load<kLanes>(conv.times + offset);
-    sum += magnitude(y);
+  if (conv.dividend) {
+    const Vector<kLanes> quotient = load<kLanes>(conv.dividend + offset) / y;
+    const Vector<kLanes> infinite = y - y;  // NaN where the divisor is not finite, else 0
+    y = y == 0 ? Vector<kLanes>{} : quotient;
+    sum += magnitude(y) + infinite;
   } else {
+    if (conv.other) y += load<kLanes>(conv.other + offset);
+    if (conv.times) y *= load<kLanes>(conv.times + offset);
     sum += y;
   }
   if (conv.relu) y = y < 0 ? Vector<kLanes>{} : y;
@@ -212,7 +216,6 @@ template <int kLanes, int kReach, int kSide, class Finish>
 RLRP_INLINE inline float finish_both(const Convolution& conv, int64_t plane, const Range& range, const Place& at,
                                      const float* rows, const Finish& finish_terms) {
   const int64_t start = conv.out.offset(at.n, at.h, at.w) + range.first;
-  const float factor = conv.factor ? conv.factor[at.n] : 1.0f;
   Vector<kLanes> sum{};
   for (int64_t c = 0; c < range.count; c += kLanes) {
     const Vector<kLanes> bias = conv.bias ? load<kLanes>(conv.bias + range.first + c) : Vector<kLanes>{};
@@ -221,7 +224,7 @@ RLRP_INLINE inline float finish_both(const Convolution& conv, int64_t plane, con
         [&](int i, int j, const Vector<kLanes>& y) RLRP_INLINE {
           if (!conv.out.has(at.h + i, at.w + j)) return;
           const int64_t offset = start + i * conv.out.step[0] + j * conv.out.step[1] + c;
-          put<kLanes>(conv, offset, y + bias, factor, sum);
+          put<kLanes>(conv, offset, y + bias, sum);
         });
   }
   return total<kLanes>(sum);

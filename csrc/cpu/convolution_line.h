@@ -83,15 +83,14 @@ struct Line {
                                  const Place& at, const float* rows) const {
     const int64_t start = conv.out.offset(at.n, at.h, at.w) + range.first, next = conv.out.step[axis];
     const bool has_next = (axis ? at.w : at.h) + 1 < conv.out.size[axis];
-    const float factor = conv.factor ? conv.factor[at.n] : 1.0f;
     Vector<kLanes> sum{};
     for (int64_t c = 0; c < range.count; c += kLanes) {
       Vector<kLanes> term[kTerms], y[2];
       for (int t = 0; t < kTerms; ++t) term[t] = load<kLanes>(rows + t * planes.products + c);
       finish_terms(term, y);
       const Vector<kLanes> bias = conv.bias ? load<kLanes>(conv.bias + range.first + c) : Vector<kLanes>{};
-      put<kLanes>(conv, start + c, y[0] + bias, factor, sum);
-      if (has_next) put<kLanes>(conv, start + next + c, y[1] + bias, factor, sum);
+      put<kLanes>(conv, start + c, y[0] + bias, sum);
+      if (has_next) put<kLanes>(conv, start + next + c, y[1] + bias, sum);
     }
     return total<kLanes>(sum);
   }

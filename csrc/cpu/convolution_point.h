@@ -41,7 +41,7 @@ struct Point {
       for (int j = 0; j < kColumns; ++j) {
         const float* taps = f.taps + out + j * kLanes + c * f.in;
         __builtin_prefetch(taps + kAhead * f.in);
-        scale_taps<kLanes>(f, out + j * kLanes, c, load<kLanes>(taps), panel + j * kLanes);
+        scale_taps<kLanes>(f, out + j * kLanes, load<kLanes>(taps), panel + j * kLanes);
       }
     }
   }
@@ -54,15 +54,14 @@ struct Point {
       for (int i = 0; i < kLanes; ++i) taps[i] = load<kLanes>(f.taps + (out + i) * f.out + c);
       simd::transpose<kLanes>(taps);
       for (int i = 0; i < kLanes; ++i, panel += kPanel<kLanes>) {
-        scale_taps<kLanes>(f, out, c + i, taps[i], panel);
+        scale_taps<kLanes>(f, out, taps[i], panel);
       }
     }
   }
 
   template <int kLanes>
-  RLRP_INLINE static void scale_taps(const Filters& f, int64_t out, int64_t in, const Vector<kLanes>& taps,
-                                     float* to) {
-    store<kLanes>(to, taps * f.scale_of<kLanes>(out, in));
+  RLRP_INLINE static void scale_taps(const Filters& f, int64_t out, const Vector<kLanes>& taps, float* to) {
+    store<kLanes>(to, f.finished<kLanes>(taps, out));
   }
 };
 
@@ -75,14 +74,12 @@ struct Pixels {
   const float* from[kMost];
   int64_t step[kMost];  // to the next run of numbers
   int64_t to[kMost];
-  float factor[kMost];
   Vector<kLanes> sum[kMost];
 
   RLRP_INLINE void add(int64_t k, const Convolution& conv, const Place& at, const float* inputs, int64_t inputs_step) {
     from[k] = inputs;
     step[k] = inputs_step;
     to[k] = conv.out.offset(at.n, at.h, at.w);
-    factor[k] = conv.factor ? conv.factor[at.n] : 1.0f;
     sum[k] = Vector<kLanes>{};
   }
 };
@@ -105,6 +102,7 @@ RLRP_INLINE inline void multiply_pixels(const Convolution& conv, Pixels<kLanes>&
       if (!conv.streams) __builtin_prefetch(conv.y + offset, 1);
       if (conv.other) __builtin_prefetch(conv.other + offset);
       if (conv.times) __builtin_prefetch(conv.times + offset);
+      if (conv.dividend) __builtin_prefetch(conv.dividend + offset);
     }
   }
   Vector<kLanes> sum[kCount][kColumns] = {};
@@ -124,7 +122,7 @@ RLRP_INLINE inline void multiply_pixels(const Convolution& conv, Pixels<kLanes>&
     for (int j = 0; j < kColumns; ++j) {
       const int64_t c = channel + j * kLanes;
       if (conv.bias) sum[r][j] += load<kLanes>(conv.bias + c);
-      put<kLanes>(conv, pixels.to[first + r] + c, sum[r][j], pixels.factor[first + r], total);
+      put<kLanes>(conv, pixels.to[first + r] + c, sum[r][j], total);
     }
     pixels.sum[first + r] = total;
   }

@@ -1,5 +1,6 @@
 // The torch-free cores on their own: checked against plain loops, from several threads at once, so that
 // the sanitizers see them. Built and run by scripts/sanitize.sh and by test_cores.py.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -129,31 +130,33 @@ void check_shares() {
 // Several threads on neighbouring pieces of the same tensors, as the CPU kernels run them.
 void check_rows() {
   constexpr int64_t count = 10007, threads = 4;
-  std::vector<float> x(count), g(count), q(count), a(count), b(count);
+  std::vector<float> x(count), g(count), q(count), s(count), a(count), b(count);
   for (int64_t i = 0; i < count; ++i) {
     x[i] = static_cast<float>(i % 17 - 8);
     g[i] = static_cast<float>(i % 5 - 2);
   }
-  std::vector<double> mass(threads);
+  std::vector<int32_t> seen(threads);
   std::vector<std::thread> pool;
   for (int64_t t = 0; t < threads; ++t) {
     pool.emplace_back([&, t] {
       const int64_t from = t * count / threads, n = (t + 1) * count / threads - from;
-      mass[t] = product_row(n, &x[from], 1, &g[from], 1, 1.0f, &q[from], 1);
-      const Terms<float, true> terms{&x[from], &q[from], 1, 1, 2.0f, 0.5f};
-      accumulate_row<float, true>(n, terms, &a[from], 1);
-      split_row<float, true, false>(n, terms, &x[from], 1, &g[from], 1, &a[from], 1, &b[from], 1);
+      using Function = Split<float, false>;
+      map_row<float, Multiply<float, true>, true>(n, {&q[from]}, {&x[from], &g[from]}, nullptr);
+      seen[t] = map_row<float, Divide<float>, true>(n, {&s[from]}, {&x[from], &q[from]}, nullptr);
+      map_row<float, Function, true>(n, {&a[from], &b[from]}, {&x[from], &g[from], &q[from]}, nullptr);
     });
   }
   for (std::thread& thread : pool) thread.join();
-  double expected = 0, total = 0;
+  float largest = 0;
   for (int64_t i = 0; i < count; ++i) {
-    EXPECT(q[i] == x[i] * g[i]);
-    EXPECT(std::abs(a[i] + b[i] - (2 * x[i] + 0.5f * q[i])) <= 1e-5f);
-    expected += std::abs(q[i]);
+    EXPECT(q[i] == std::abs(x[i]) * g[i]);
+    EXPECT(s[i] == (q[i] == 0 ? 0 : x[i] / q[i]));
+    EXPECT(std::abs(a[i] + b[i] - q[i]) <= 1e-5f);
+    largest = std::max(largest, std::abs(s[i]));
   }
-  for (double m : mass) total += m;
-  EXPECT(total == expected);
+  EXPECT(*std::max_element(seen.begin(), seen.end()) == magnitude(largest));
+  EXPECT(magnitude(-3.0f) == magnitude(3.0f) && magnitude(INFINITY) > magnitude(3e38f));
+  EXPECT(magnitude(static_cast<float>(NAN)) > magnitude(INFINITY));
 }
 
 // One thread per input, as on the GPU: what all inputs win together is what came in.

@@ -17,7 +17,7 @@ from captum_rlrp.kernels import compiled, extension, get_backend, reference
 from .common import needs_extension
 
 FUNCTIONS = [
-    "accumulate",
+    "add",
     "adaptive_avg_pool",
     "adaptive_max_pool",
     "adaptive_max_unpool",
@@ -27,7 +27,10 @@ FUNCTIONS = [
     "linear_rows",
     "max_pool",
     "max_unpool",
-    "product",
+    "multiply",
+    "divide",
+    "conv_relevance",
+    "linear_relevance",
     "split",
 ]
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from captum_rlrp.kernels import compiled, convolution
 from captum_rlrp.kernels.convolution import Filters
 from captum_rlrp.kernels.extension import ops
+from captum_rlrp.kernels.reference import Window
 
 from .common import agree, exact, needs_extension, rand
 
@@ -134,27 +135,35 @@ def test_forward_of_filters_alone(case):
     assert_total(total, expected)
 
 
-@every_case
+@every_forward_case
 @every_layout
-def test_transpose(case, layout):
+def test_the_law(case, layout):
+    """Both halves, each output against what it is made of: nothing else may round it."""
     x, filters = make(case, layout)
-    wide = exact(x).requires_grad_()
-    y = convolved(wide, scaled(filters), filters)
-    g = rand(*y.shape, dtype=torch.float32, layout=layout)
-    (expected,) = torch.autograd.grad(y, wide, exact(g))
-    agree(convolution.transpose(g, filters, x.shape[2:]), expected, torch.float32, scale=4)
+    x = like_image(x.abs()) if layout == "channels_last" else x.abs()
+    x[..., x.shape[-1] // 2 :] *= 1e-6  # small beside large
+    wide, weight = exact(x).requires_grad_(), exact(filters.weight).abs()
+    d = convolved(wide, weight, filters)
+    r = rand(*d.shape, dtype=torch.float32, layout=layout)
+    s, total = convolution.divide(r, x, filters)
+    expected = torch.where(d > 0, exact(r) / d, 0.0).detach()
+    assert ((exact(s) - expected).abs() <= 3e-5 * expected.abs()).all()
+    assert ((total - expected.flatten(1).abs().sum(1)).abs() <= 3e-5 * total).all()
+    if x.shape[1] <= 4:
+        return
+    (g,) = torch.autograd.grad(d, wide, expected, retain_graph=True)
+    (bound,) = torch.autograd.grad(d, wide, expected.abs())
+    q = exact(convolution.product(x, s, filters))
+    assert ((q - exact(x) * g).abs() <= 5e-5 * exact(x) * bound).all()
 
-    factor = torch.rand(len(x)) + 0.5
-    expected = expected * exact(x) * per_sample(factor, x)
-    q = like_image(x)
-    assert convolution.is_channels_last(q) or len(x) == 0
-    for operand, inplace in ((x, False), (q, True)):
-        before = operand.clone()
-        result, mass = convolution.product(operand, g, filters, factor, inplace=inplace)
-        agree(result, expected, torch.float32, scale=4)
-        agree(mass, expected.abs().flatten(1).sum(1), torch.float32, scale=4)
-        assert (result is operand) == inplace
-        assert inplace or torch.equal(operand, before)
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_divisor_that_is_not_finite_shows(value):
+    x = torch.rand(2, 32, 6, 6)
+    x[1, 3, 2, 2] = value
+    filters = Filters(torch.randn(32, 32, 3, 3), None, None, [1, 1], [1, 1])
+    _, total = convolution.divide(torch.randn(2, 32, 6, 6), x, filters)
+    assert total.isfinite().tolist() == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -180,7 +189,8 @@ def test_results_do_not_depend_on_the_number_of_threads(case):
             results.append(
                 [
                     *convolution.forward(x, filters),
-                    *(convolution.product(x, g, filters, None) if x.shape[1] > 4 else ()),
+                    *convolution.divide(g, x.abs(), filters),
+                    *([convolution.product(x, g, filters)] if x.shape[1] > 4 else ()),
                 ]
             )
     finally:
@@ -299,7 +309,6 @@ def test_what_it_covers():
         assert covers(signal, filters, *arguments) == fast
     few = torch.randn(64, 3, 7, 7)
     assert covers(torch.randn(1, 3, 9, 9), few, [2, 2], [3, 3], [1, 1], 1) == fast
-    assert not convolution.pays(torch.randn(1, 64, 5, 5), few, back=True)
     refused = [
         (x[:, :3], few, [8, 2], [3, 3], [1, 1], 1),
         (x[:, :3], few[:60], [2, 2], [3, 3], [1, 1], 1),
@@ -329,10 +338,11 @@ def test_what_it_covers():
     assert not any(covers(*arguments) for arguments in refused)
 
 
-def test_the_gradient_of_a_covered_convolution_is_its_own(monkeypatch):
-    calls = []
+def test_the_law_of_a_covered_convolution_is_its_own(monkeypatch):
+    made = torch.ones(2, 32, 8, 8)
     monkeypatch.setattr(convolution, "_IS_FAST", True)
-    monkeypatch.setattr(convolution, "transpose", lambda *a: calls.append(a) or "made")
-    g, weight = torch.randn(2, 64, 8, 8), torch.randn(64, 32, 3, 3)
-    assert compiled.conv(g, weight, (2, 32, 8, 8), 1, 1) == "made"
-    assert len(calls) == 1
+    monkeypatch.setattr(convolution, "divide", lambda r, x, f: (r, r.sum()))
+    monkeypatch.setattr(convolution, "product", lambda x, s, f: made)
+    x, weight, r = torch.rand(2, 32, 8, 8), torch.randn(64, 32, 3, 3), torch.randn(2, 64, 8, 8)
+    window = Window([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    assert compiled.conv_relevance(x, weight, r, window)[0] is made

@@ -1,10 +1,9 @@
-"""product, accumulate, split, finish_, sums: compiled against float64, and by hand."""
+"""divide, multiply, split, add, finish_, sums: compiled against float64, and by hand."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from captum_rlrp.kernels import compiled, reference
 
@@ -24,51 +23,63 @@ from .common import (
 SHAPES = [(2, 3, 5, 7), (3, 17), (4,), (2, 3, 2, 4, 5), (2, 40, 33, 31)]
 
 
-def factor(n: int, dtype: torch.dtype, device: str) -> Tensor:
-    return (torch.rand(n, dtype=reference.accumulation_dtype(dtype)) + 0.5).to(device)
-
-
-def terms_of(shape, count, dtype, device, layout):
-    n = shape[0]
-    return [
-        (
-            rand(*shape, dtype=dtype, device=device, layout=layout),
-            None if i else factor(n, dtype, device),
-        )
-        for i in range(count)
-    ]
-
-
-def widened(terms):
-    return [(exact(t), None if f is None else exact(f)) for t, f in terms]
+def operands(count, shape, dtype, device, layout):
+    """The first laid out as named, the others contiguous."""
+    first = rand(*shape, dtype=dtype, device=device, layout=layout)
+    return [first, *(rand(*shape, dtype=dtype, device=device) for _ in range(count - 1))]
 
 
 @every_case
 @every_device
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_product(backend, device, dtype, layout, shape):
-    x = rand(*shape, dtype=dtype, device=device, layout=layout)
-    g = rand(*shape, dtype=dtype, device=device, layout=layout)
-    q, s = backend.product(x, g)
-    expected, mass = reference.product(exact(x), exact(g))
+def test_divide(backend, device, dtype, layout, shape):
+    d, r = operands(2, shape, dtype, device, layout)
+    d = d.abs()
+    s, seen = backend.divide(r, d)
+    expected, largest = reference.divide(exact(r), exact(d))
+    assert s.dtype == dtype
+    assert (seen.shape, seen.dtype) == ((1,), reference.accumulation_dtype(dtype))
+    agree(s, expected, dtype)
+    agree(seen, largest, dtype)
+
+
+@compare
+@every_dtype
+def test_divide_by_hand(backend, dtype):
+    r = torch.tensor([[1, -3, 5, 0, 7]], dtype=dtype)
+    d = torch.tensor([[2, 4, 0, 0, 8]], dtype=dtype)
+    s, seen = backend.divide(r, d)
+    assert s.tolist() == [[0.5, -0.75, 0, 0, 0.875]]
+    assert seen.tolist() == [0.875]
+
+
+@compare
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("of", ["r", "d"])
+def test_what_is_not_finite_shows(backend, bad, of):
+    r, d = torch.randn(2, 3, 4000), torch.rand(2, 3, 4000) + 1
+    (r if of == "r" else d)[1, 1, 3998] = bad
+    assert not backend.divide(r, d)[1].isfinite()
+
+
+@every_case
+@every_device
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_multiply(backend, device, dtype, layout, absolute, shape):
+    x, g = operands(2, shape, dtype, device, layout)
+    q = backend.multiply(x, g, absolute=absolute)
     assert q.dtype == dtype
-    assert s.dtype == reference.accumulation_dtype(dtype)
-    assert q.stride() == torch.empty_like(x).stride()
-    agree(q, expected, dtype)
-    agree(s, mass, dtype)
+    agree(q, (exact(x).abs() if absolute else exact(x)) * exact(g), dtype)
 
 
 @compare
 @pytest.mark.parametrize("of", LAYOUTS)
 @pytest.mark.parametrize("by", LAYOUTS)
-def test_product_of_different_layouts(backend, of, by):
-    dtype = torch.float32
-    x = rand(2, 6, 5, 7, dtype=dtype, layout=of)
-    g = rand(2, 6, 5, 7, dtype=dtype, layout=by)
-    q, s = backend.product(x, g)
-    expected, mass = reference.product(exact(x), exact(g))
-    agree(q, expected, dtype)
-    agree(s, mass, dtype)
+def test_multiply_of_different_layouts(backend, of, by):
+    x = rand(2, 6, 5, 7, dtype=torch.float32, layout=of)
+    g = rand(2, 6, 5, 7, dtype=torch.float32, layout=by)
+    agree(backend.multiply(x, g), exact(x) * exact(g), torch.float32)
 
 
 @every_case
@@ -76,110 +87,35 @@ def test_product_of_different_layouts(backend, of, by):
 @pytest.mark.parametrize(
     "narrow", [(2, 6, 1, 1), (1, 6, 5, 7), (2, 1, 5, 7), (2, 6, 5, 1)], ids=str
 )
-def test_product_broadcasts(backend, device, dtype, layout, narrow):
+def test_multiply_broadcasts(backend, device, dtype, layout, narrow):
     x = rand(2, 6, 5, 7, dtype=dtype, device=device, layout=layout)
     g = rand(*narrow, dtype=dtype, device=device)
-    expected, mass = reference.product(exact(x), exact(g))
     for given in (g, g.expand_as(x)):
-        q, s = backend.product(x, given, inplace=True)
-        agree(q, expected, dtype)
-        agree(s, mass, dtype)
-
-
-@compare
-@every_dtype
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_product_in_place_writes_to_g(backend, dtype, layout):
-    x, g = (rand(2, 6, 5, 7, dtype=dtype, layout=layout) for _ in range(2))
-    expected, mass = reference.product(exact(x), exact(g))
-    q, s = backend.product(x, g, inplace=True)
-    assert q.data_ptr() == g.data_ptr()
-    agree(q, expected, dtype)
-    agree(s, mass, dtype)
+        agree(backend.multiply(x, given), exact(x) * exact(g), dtype)
 
 
 @every_case
 @every_device
-@pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_accumulate(backend, device, dtype, layout, count, shape):
-    terms = terms_of(shape, count, dtype, device, layout)
-    r, s = backend.accumulate(terms)
-    expected, mass = reference.accumulate(widened(terms))
-    assert r.dtype == dtype
-    agree(r, expected, dtype)
-    agree(s, mass, dtype)
-
-
-@every_case
-@every_device
-@pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("place", ["elsewhere", "first", "last"])
-def test_accumulate_into_memory_that_is_there(backend, device, dtype, layout, count, place):
-    shape = (3, 6, 5, 7)
-    terms = terms_of(shape, count, dtype, device, layout)
-    expected, mass = reference.accumulate([(t.clone(), f) for t, f in widened(terms)])
-    out = {"first": terms[0][0], "last": terms[-1][0]}.get(place)
-    if out is None:
-        out = rand(*shape, dtype=dtype, device=device, layout="channels_last")
-    r, s = backend.accumulate(terms, out=out)
-    assert r.data_ptr() == out.data_ptr()
-    assert r.stride() == out.stride()
-    agree(r, expected, dtype)
-    agree(s, mass, dtype)
-
-
-@every_case
-@every_device
-@pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_split(backend, device, dtype, layout, count, shape):
-    a = rand(*shape, dtype=dtype, device=device, layout=layout)
-    b = rand(*shape, dtype=dtype, device=device)
-    terms = terms_of(shape, count, dtype, device, layout)
-    results = backend.split(a, b, terms)
-    expected = reference.split(exact(a), exact(b), widened(terms))
-    for actual, right in zip(results, expected, strict=True):
+def test_split(backend, device, dtype, layout, shape):
+    a, b, r = operands(3, shape, dtype, device, layout)
+    before = [t.clone() for t in (a, b, r)]
+    results = backend.split(a, b, r)
+    for actual, right in zip(results, reference.split(*map(exact, (a, b, r))), strict=True):
         agree(actual, right, dtype)
-    r, _ = reference.accumulate(widened(terms))
-    agree(exact(results[0]) + exact(results[2]), r, dtype)
-
-
-@every_case
-@every_device
-@pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("from_sum", [False, True])
-def test_split_in_place(backend, device, dtype, layout, count, from_sum):
-    shape = (3, 6, 5, 7)
-    a = rand(*shape, dtype=dtype, device=device, layout=layout)
-    b = rand(*shape, dtype=dtype, device=device)
-    terms = terms_of(shape, count, dtype, device, layout)
-    given = [(exact(t), f) for t, f in widened(terms)]
-    expected = reference.split(exact(a).clone(), exact(b), [(t.clone(), f) for t, f in given],
-                               from_sum=from_sum)  # fmt: skip
-    before = b.clone()
-    results = backend.split(a, b, terms, from_sum=from_sum, inplace=True)
-    for actual, right in zip(results, expected, strict=True):
-        agree(actual, right, dtype, scale=8)
-    assert torch.equal(b, before)
-    if reference.same_layout(a, terms[0][0]):
-        assert (results[0].data_ptr(), results[2].data_ptr()) == (
-            a.data_ptr(),
-            terms[0][0].data_ptr(),
-        )
+    agree(exact(results[0]) + exact(results[1]), exact(r), dtype)
+    assert all(map(torch.equal, before, (a, b, r)))
 
 
 @compare
 @every_device
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_split_recovers_a_summand_from_the_sum(backend, device, dtype):
-    a = rand(2, 6, 5, 7, dtype=dtype, device=device)
-    b = rand(2, 6, 5, 7, dtype=dtype, device=device)
+    a, b, r = operands(3, (2, 6, 5, 7), dtype, device, "contiguous")
     total = torch.relu(a + b)
-    r = rand(2, 6, 5, 7, dtype=dtype, device=device) * (total > 0)
-    results = backend.split(total, b, [(r, None)], from_sum=True)
-    expected = reference.split(exact(a), exact(b), [(exact(r), None)])
-    for actual, right in zip(results, expected, strict=True):
+    r = r * (total > 0)
+    results = backend.split(total, b, r, from_sum=True)
+    for actual, right in zip(results, reference.split(*map(exact, (a, b, r))), strict=True):
         agree(actual, right, dtype, scale=8)
 
 
@@ -190,19 +126,20 @@ def test_split_by_hand(backend, dtype):
     a = torch.tensor([[1, 0, 0, tiny, huge, -huge, 3]], dtype=dtype)
     b = torch.tensor([[-3, 0, 5, tiny, huge, huge, -1]], dtype=dtype)
     r = torch.tensor([[1, 1, 1, 1, 1, 1, -8]], dtype=dtype)
-    r_a, s_a, r_b, s_b = backend.split(a, b, [(r, None)])
+    r_a, r_b = backend.split(a, b, r)
     assert r_a.tolist() == [[0.25, 0.5, 0, 0.5, 0.5, 0.5, -6]]
     assert r_b.tolist() == [[0.75, 0.5, 1, 0.5, 0.5, 0.5, -2]]
-    assert (s_a.item(), s_b.item()) == (8.25, 5.75)
 
 
 @compare
-def test_product_by_hand(backend):
-    x = torch.tensor([[1.0, -2], [0, 3]])
-    g = torch.tensor([[5.0, 7], [11, -13]])
-    q, s = backend.product(x, g)
-    assert q.tolist() == [[5, -14], [0, -39]]
-    assert s.tolist() == [19, 39]
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_add(backend, count):
+    terms = [torch.randn(2, 3, 4) for _ in range(count)]
+    before = [t.clone() for t in terms]
+    total = backend.add(terms)
+    agree(total, sum(map(exact, terms)), torch.float32)
+    assert all(map(torch.equal, before, terms))
+    assert all(total.data_ptr() != t.data_ptr() for t in terms)
 
 
 @compare
@@ -210,13 +147,10 @@ def test_product_by_hand(backend):
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (0,), (2, 0), (2, 3, 0, 4)], ids=str)
 def test_empty(backend, dtype, shape):
     x = torch.empty(shape, dtype=dtype)
-    for t, s in (
-        backend.product(x, x),
-        backend.accumulate([(x, None), (x, None)]),
-        backend.split(x, x, [(x, None)])[:2],
-    ):
+    s, seen = backend.divide(x, x)
+    assert seen.tolist() == [0.0]
+    for t in (s, backend.multiply(x, x), *backend.split(x, x, x)):
         assert t.shape == shape
-        assert s.tolist() == [0.0] * shape[0]
 
 
 @needs_extension
@@ -229,9 +163,9 @@ def test_bits_do_not_depend_on_the_thread_count(layout):
         seen = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            q, s = compiled.product(x, g)
             checks = compiled.sums([x, x[0]]), compiled.finish_(x.clone(), other=x, relu=True)
-            seen.append((q, s, *compiled.split(x, g, [(g, s)]), *checks))
+            results = (*compiled.divide(x, g.abs()), compiled.multiply(x, g))
+            seen.append((*results, *compiled.split(x, g, g), *checks))
     finally:
         torch.set_num_threads(threads)
     for other in seen[1:]:
@@ -239,33 +173,26 @@ def test_bits_do_not_depend_on_the_thread_count(layout):
 
 
 @needs_extension
-def test_long_sums_stay_accurate():
-    x = torch.full((1, 3_000_001), 0.1)
-    _, s = compiled.accumulate([(x, None)])
-    assert s.item() == pytest.approx(float(x[0, 0].double()) * 3_000_001, rel=1e-6)
-
-
-@needs_extension
 def test_mixed_arguments_run_on_the_reference():
     x, g = torch.randn(2, 3), torch.randn(2, 3, dtype=torch.float64)
-    q, _ = compiled.product(x, g)
-    assert q.dtype == torch.float32
-    agree(q, exact(x) * g, torch.float32)
+    agree(compiled.multiply(x, g), exact(x) * g, torch.float32)
+    agree(compiled.divide(x, g.abs())[0], exact(x) / g.abs(), torch.float32)
 
 
 @needs_extension
 def test_every_half_survives_and_floats_round_as_in_torch():
     for dtype in (torch.float16, torch.bfloat16):
         every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
-        q, _ = compiled.product(every, torch.ones_like(every))
+        q = compiled.multiply(every, torch.ones_like(every))
         assert torch.equal(q.isnan(), every.isnan())
         assert torch.equal(q[~every.isnan()], every[~every.isnan()])
+        # One value per channel, made by the scale: 1 · float, rounded to 16 bits.
         bits = torch.randint(-(2**31), 2**31, (200_000,), dtype=torch.int64).to(torch.int32)
         floats = torch.cat([bits.view(torch.float32), torch.randn(200_000) * 2e-5])
         floats = floats[floats.isfinite()]
-        # One value per sample, made by the factor: 1 · float, rounded to 16 bits.
-        r, _ = compiled.accumulate([(torch.ones(len(floats), 1, dtype=dtype), floats)])
-        assert torch.equal(r[:, 0], floats.to(dtype))
+        y = torch.ones(1, len(floats), dtype=dtype)
+        compiled.finish_(y, floats)
+        assert torch.equal(y[0], floats.to(dtype))
 
 
 @needs_extension
@@ -273,27 +200,11 @@ def test_every_half_survives_and_floats_round_as_in_torch():
 def test_expanded_relevance(layout):
     r = torch.randn(2, 6, 1, 1).expand(2, 6, 4, 4)
     a = rand(2, 6, 4, 4, dtype=torch.float32, layout=layout)
+    given = (a, laid_out(a + 1, layout), r)
     for actual, right in zip(
-        compiled.split(a, laid_out(a + 1, layout), [(r, None)]),
-        reference.split(exact(a), exact(a) + 1, [(exact(r), None)]),
-        strict=True,
+        compiled.split(*given), reference.split(*map(exact, given)), strict=True
     ):
         agree(actual, right, torch.float32)
-
-
-@every_device
-@pytest.mark.parametrize("backend", [reference, compiled], ids=["reference", "compiled"])
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_product_applies_the_pending_factor(device, backend, dtype, inplace):
-    x, g = (rand(3, 5, 7, dtype=dtype, device=device) for _ in range(2))
-    factor = torch.tensor([2.0, 0.0, 0.125], dtype=torch.float32, device=device)
-    factor = factor.to(torch.float64 if dtype == torch.float64 else torch.float32)
-    expected = exact(x) * exact(g) * exact(factor).view(3, 1, 1)
-    q, s = backend.product(x, g.clone(), factor, inplace=inplace)
-    tolerance = 4 * torch.finfo(dtype).eps
-    torch.testing.assert_close(exact(q), expected, rtol=tolerance, atol=1e-7)
-    torch.testing.assert_close(exact(s), exact(q).abs().sum((1, 2)), rtol=1e-5, atol=1e-7)
 
 
 # ---- finish_ and sums: is everything finite? ----------------------------------------------------
@@ -323,7 +234,7 @@ def test_finish(backend, device, dtype, layout, shape, given):
         before = y.clone()
         s = backend.finish_(z, **channels, relu=relu)
         agree(z, expected.relu() if relu else expected, dtype)
-        agree(s, expected.abs().flatten(1).sum(1), dtype)
+        agree(s, reference.largest(expected), dtype)
         assert (z.data_ptr(), z.stride()) == (place, strides)
         assert s.dtype == wide
         y.copy_(before)
@@ -341,11 +252,10 @@ def test_finish_takes_numbers_of_any_layout_and_dtype(device):
 
 
 @compare
-def test_what_overflows_in_front_of_the_relu_shows_in_the_mass(backend):
+def test_what_overflows_in_front_of_the_relu_shows(backend):
     y = torch.full((2, 3, 4), -6e4, dtype=torch.float16)
     y[0] = 1
-    s = backend.finish_(y, other=y.clone(), relu=True)
-    assert s.isfinite().tolist() == [True, False]
+    assert not backend.finish_(y, other=y.clone(), relu=True).isfinite()
 
 
 @every_case
@@ -358,17 +268,16 @@ def test_relu_in_place(backend, device, dtype, layout, shape):
     assert torch.equal(exact(x), before.clamp_min(0))
     assert (x.data_ptr(), x.stride()) == (place, strides)
     assert s.dtype == reference.accumulation_dtype(dtype)
-    agree(s, reference.mass(before), dtype)
+    agree(s, reference.largest(before), dtype)
 
 
 @compare
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_what_relu_hides_shows_in_the_mass(backend, bad):
+def test_what_relu_hides_shows(backend, bad):
     x = torch.randn(2, 3, 4000)
     x[1, 1, 3998] = bad
     s = backend.finish_(x, relu=True)
-    assert s[0].isfinite()
-    assert not s[1].isfinite()
+    assert not s.isfinite()
     assert torch.equal(x[1, 1, 3998], torch.tensor(bad).relu()) or (bad != bad and x.isnan().any())
 
 
@@ -380,7 +289,7 @@ def test_relu_of_a_view_leaves_the_rest(backend):
     expected = before.clone()
     expected[:, ::2, 1::3] = before[:, ::2, 1::3].clamp_min(0)
     assert torch.equal(x, expected)
-    agree(s, reference.mass(exact(before[:, ::2, 1::3])), torch.float32)
+    agree(s, reference.largest(exact(before[:, ::2, 1::3])), torch.float32)
 
 
 @compare

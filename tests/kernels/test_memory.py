@@ -21,7 +21,7 @@ MEBIBYTE = 2**20
 def filled(size: int, number: float) -> Tensor:
     """A result of so many bytes."""
     ones = torch.ones(1, size // 4)
-    return compiled.product(ones, ones, torch.tensor([float(number)]))[0]
+    return compiled.multiply(ones, torch.full_like(ones, number))
 
 
 def is_lent(value: Tensor) -> bool:

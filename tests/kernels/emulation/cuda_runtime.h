@@ -6,6 +6,7 @@
 #include <ucontext.h>
 
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -40,13 +41,12 @@ namespace emulation {
 constexpr unsigned kWarp = 32;
 constexpr size_t kStack = 1 << 16;
 
-enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
+enum class State { kReady, kAtBlockBarrier, kDone };
 
 struct Thread {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
   State state = State::kReady;
-  double passed = 0;  // what it hands to others of its warp
 };
 
 inline std::mutex one_launch_at_a_time;
@@ -81,7 +81,6 @@ inline bool release(unsigned count) {
     released = true;
   };
   open(State::kAtBlockBarrier, 0, count);
-  for (unsigned from = 0; from < count; from += kWarp) open(State::kAtWarpBarrier, from, from + kWarp);
   return released;
 }
 
@@ -114,16 +113,17 @@ inline void run_block() {
 
 inline void __syncthreads() { emulation::wait(emulation::State::kAtBlockBarrier); }
 
-// Of all 32 threads of a warp; the last ones, whose source lies outside, get their own value.
-inline double __shfl_down_sync(unsigned mask, double value, int offset) {
-  using namespace emulation;
-  if (mask != 0xffffffffu) throw std::logic_error("only whole warps are emulated");
-  threads[running].passed = value;
-  wait(State::kAtWarpBarrier);
-  const unsigned source = running + offset;
-  const double result = source / kWarp == running / kWarp ? threads[source].passed : value;
-  wait(State::kAtWarpBarrier);
-  return result;
+// Threads take turns at barriers only, so any update is atomic.
+template <class T>
+T atomicMax(T* address, T value) {
+  const T before = *address;
+  *address = before < value ? value : before;
+  return before;
+}
+
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  std::memset(to, value, bytes);
+  return cudaSuccess;
 }
 
 template <class... Parameters, class... Arguments>

@@ -1,91 +1,87 @@
-"""Graph to steps: which calls carry relevance, by which rule, and where linear sections lie.
-
-Sections (method.md §2) are maximal chains of linear maps. One starts at a model input, behind a
-non-linear op or a merge, or at a value with more than one consumer, and ends at the next of these.
-"""
+"""Graph to steps: which calls carry relevance, by which rule, and where the final section is."""
 
 from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from ..errors import CaptureError, InputError, UnsupportedOperationError
 from ..graph.active import active_values, is_root, nodes_of, source_call
 from ..graph.capture import CapturedGraph, bind, place_of, reads_values
 from ..graph.layout import WHOLE, Layout, infer
-from ..rules import Call, LinearRule, Relevance, Rule, find_rule, reshapes
-from ..rules.section import Links, relative
-
-if TYPE_CHECKING:
-    from ..run.program import Run
+from ..graph.sign import is_nonnegative
+from ..rules import Call, LinearRule, Pass, Rule, Slot, find_rule, reshapes
+from ..rules.final import explain_output
 
 
 @dataclass(frozen=True, eq=False)
 class Single:
-    """A step of one call that is no link of a section."""
+    """One call and its rule."""
 
     rule: Rule
     call: Call
 
     @property
     def output(self) -> Node:
+        """The value that relevance comes from."""
         return self.call.node
 
     @property
     def carriers(self) -> tuple[Node, ...]:
+        """The values that it goes to."""
         return self.rule.carriers(self.call)
 
     @property
     def needs(self) -> tuple[Node, ...]:
+        """The values that are read."""
         return self.rule.needs(self.call)
 
-    def propagate(self, run: Run, terms: list[Relevance]) -> list[list[Relevance]]:
-        return self.rule.propagate(run, self.call, terms)
+    def propagate(self, run: Pass, r: Tensor) -> Sequence[Tensor]:
+        """Relevance at each carrier."""
+        return self.rule.propagate(run, self.call, r)
 
 
 @dataclass(frozen=True, eq=False)
-class Section:
-    """A linear section."""
+class Final:
+    """The final section (method.md §2).
 
-    start: Node
-    links: Links
-    passes_through: bool
+    Attributes:
+        links: Its linear maps, first to last.
+        asked: Values inside it whose relevance is asked for.
+    """
+
+    links: tuple[tuple[LinearRule, Call], ...]
+    asked: tuple[Node, ...] = ()
 
     @property
     def output(self) -> Node:
+        """The value that relevance comes from."""
         return self.links[-1][1].node
 
     @property
     def carriers(self) -> tuple[Node, ...]:
-        return (self.start,)
+        """The values that it goes to: the section's input, and those asked for."""
+        rule, call = self.links[0]
+        return (rule.operand(call), *self.asked)
 
     @property
     def needs(self) -> tuple[Node, ...]:
-        values = tuple(node for rule, call in self.links for node in rule.needs(call))
-        return values if self.passes_through else (*values, self.start)
+        """The values that are read."""
+        fixed = [node for rule, call in self.links for node in rule.fixed(call)]
+        return (*fixed, *self.carriers)
 
-    def propagate(self, run: Run, terms: list[Relevance]) -> list[list[Relevance]]:
-        if not self.passes_through:
-            return [[relative(run, self.start, self.links, run.merge(self.output, terms))]]
-        for rule, call in reversed(self.links):
-            keeps_mass = run.like(call.node).shape == run.like(rule.operand(call)).shape
-            terms = [
-                Relevance(rule.route(run, call, t.values), t.factor, t.mass if keeps_mass else None)
-                for t in terms
-            ]
-            here = rule.operand(call)
-            if here is not self.start and run.is_tapped(here):
-                run.tap(here, terms)
-        return [terms]
+    def propagate(self, run: Pass, r: Tensor) -> Sequence[Tensor]:
+        """Relevance at each carrier."""
+        return explain_output(run, self.links, r, self.carriers)
 
 
-Step = Single | Section
+Step = Single | Final
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,17 +126,12 @@ def plan(graph: CapturedGraph, explained: Sequence[Node], taps: Collection[Node]
     for tap in taps:
         if tap in active and tap not in layouts:
             layouts[tap] = _layout_of(tap, graph, layouts)
-    steps = _steps(graph, calls)
+    for node in graph.nodes:  # operands first, so that no chain of them is followed at once
+        is_nonnegative(node)
+    steps = _steps(graph, calls, taps)
     kept = frozenset(node for step in steps for node in step.needs)
-    inner = [
-        rule.operand(call)
-        for step in steps
-        if isinstance(step, Section) and not step.passes_through
-        for rule, call in step.links
-    ]
-    kept |= {node for node in inner if node in taps}
     roots = tuple(n for n in graph.nodes if n in active and is_root(n, active))
-    return Plan(tuple(steps), layouts, roots, kept)
+    return Plan(steps, layouts, roots, kept)
 
 
 def make_call(node: Node, active: Collection[Node]) -> Call:
@@ -151,8 +142,16 @@ def make_call(node: Node, active: Collection[Node]) -> Call:
         args = bind(source)
     else:
         args = {str(i): value for i, value in enumerate(source.args)}
-    operands = [n for value in args.values() for n in nodes_of(value) if n in active]
-    return Call(node, source.target, args, tuple(operands), item)
+    slots = tuple(slot for name, value in args.items() for slot in _slots(name, value, active))
+    call = Call(node, source.target, args, (), item, slots)
+    return replace(call, active=tuple(map(call.at, slots)))
+
+
+def _slots(name: str, value: object, active: Collection[Node]) -> list[Slot]:
+    if isinstance(value, (list, tuple)):
+        items = enumerate(value)
+        return [(name, i) for i, item in items if isinstance(item, Node) and item in active]
+    return [(name, None)] if isinstance(value, Node) and value in active else []
 
 
 def _carrying_calls(graph: CapturedGraph, active: set[Node]) -> dict[Node, tuple[Rule, Call]]:
@@ -232,26 +231,55 @@ def _infer_layout(
     return infer(node.meta["val"].shape, graph.batch, sources, reshapes(node.target))
 
 
-def _steps(graph: CapturedGraph, calls: dict[Node, tuple[Rule, Call]]) -> list[Step]:
-    consumers: Counter[Node] = Counter([graph.output])
+def _steps(
+    graph: CapturedGraph, calls: dict[Node, tuple[Rule, Call]], taps: Collection[Node]
+) -> tuple[Step, ...]:
+    links = _final_links(graph, calls)
+    inside = {call.node for _, call in links}
+    singles = [Single(rule, call) for node, (rule, call) in calls.items() if node not in inside]
+    if not links:
+        return tuple(singles)
+    asked = tuple(rule.operand(call) for rule, call in links[1:] if rule.operand(call) in taps)
+    behind = next((i for i, s in enumerate(singles) if s.call.node in _ends(graph)), len(singles))
+    return (*singles[:behind], Final(links, asked), *singles[behind:])
+
+
+def _ends(graph: CapturedGraph) -> list[Node]:
+    """The output, and what is in front of a softmax that ends the model, innermost last."""
+    found = [graph.output]
+    while _is_softmax(found[-1]):
+        source = found[-1].args[0]
+        assert isinstance(source, Node)
+        found.append(source)
+    return found
+
+
+def _is_softmax(node: Node) -> bool:
+    return "softmax" in getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
+
+
+def _final_links(
+    graph: CapturedGraph, calls: dict[Node, tuple[Rule, Call]]
+) -> tuple[tuple[LinearRule, Call], ...]:
+    """The linear maps that end at the output, each the only reader of the one before.
+
+    Pooling over positions in front of weights is none of them: it keeps its own law.
+    """
+    consumers: Counter[Node] = Counter()
     for node in graph.nodes:
         if node.target is not operator.getitem and reads_values(node):
             consumers.update(n for a in (*node.args, *node.kwargs.values()) for n in nodes_of(a))
-
-    steps: list[Step] = []
-    open_chains: dict[Node, list[tuple[LinearRule, Call]]] = {}
-    for node, (rule, call) in calls.items():
-        if not isinstance(rule, LinearRule):
-            steps.append(Single(rule, call))
-            continue
-        start = rule.operand(call)
-        chain = open_chains.pop(start) if start in open_chains and consumers[start] == 1 else []
-        chain.append((rule, call))
-        open_chains[node] = chain
-    for node in list(open_chains):
-        chain = open_chains[node]
-        start = chain[0][0].operand(chain[0][1])
-        one_to_one = all(rule.one_to_one(call) for rule, call in chain)
-        steps.append(Section(start, tuple(chain), one_to_one))
-    position: Callable[[Step], int] = {n: i for i, n in enumerate(graph.nodes)}.__getitem__  # type: ignore[assignment]
-    return sorted(steps, key=lambda step: position(step.output))  # type: ignore[arg-type]
+    end = _ends(graph)[-1]
+    node, links, weighs = end, [], False
+    while node in calls and (node is end or consumers[node] == 1):
+        rule, call = calls[node]
+        if not isinstance(rule, LinearRule) or (
+            weighs and rule.pools and not rule.one_to_one(call)
+        ):
+            break
+        links.append((rule, call))
+        weighs = weighs or bool(rule.constants and not rule.one_to_one(call))
+        node = rule.operand(call)
+    links.reverse()
+    # One input for each output: there is nothing to share.
+    return () if all(rule.one_to_one(call) for rule, call in links) else tuple(links)

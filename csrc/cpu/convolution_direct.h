@@ -1,5 +1,5 @@
-// Over few channels, as of an RGB image: a matrix product over the inputs that each output meets, which lie side by
-// side for a row of taps; those at the edges are laid out first, with zeros around the image.
+// Direct: a matrix product over the inputs that each output meets, which lie side by side for a row of taps; those at
+// the edges are laid out first, with zeros around the image. No output is rounded by what it does not meet.
 #pragma once
 
 #include <algorithm>
@@ -9,15 +9,14 @@
 namespace rlrp {
 namespace convolution {
 
-struct Few {
+struct Direct {
   static constexpr int kTerms = 1;
-  static constexpr int64_t kMost = 4;  // channels
   static constexpr int64_t outputs[2] = {1, 1};
   static constexpr int64_t kGap = 0;
 
   int64_t taps;
 
-  explicit Few(const int64_t (&kernel)[2]) : taps(kernel[0] * kernel[1]) {}
+  explicit Direct(const int64_t (&kernel)[2]) : taps(kernel[0] * kernel[1]) {}
 
   int64_t depth(int) const { return taps; }
 
@@ -56,18 +55,18 @@ struct Few {
 };
 
 template <int kLanes>
-RLRP_INLINE inline void convolve(const Work& work, const Few& few, const Planes<Few::kTerms>& planes, int64_t first,
+RLRP_INLINE inline void convolve(const Work& work, const Direct& direct, const Planes<Direct::kTerms>& planes, int64_t first,
                                  int64_t last, float* buffer) {
   Pixels<kLanes> pixels;
   const Convolution& conv = work.conv;
   const int64_t width = conv.kernel[1] * conv.in.channels;
   Place at = work.grid.place(first);
   for (int64_t k = 0; k < last - first; ++k, at = work.grid.next(at)) {
-    if (few.is_inside(conv, at)) {
+    if (direct.is_inside(conv, at)) {
       pixels.add(k, conv, at, conv.pixel(at, 0, 0, work.zeros), conv.in.step[0]);
     } else {
       float* row = buffer + k * planes.depth[0];
-      few.lay_out(conv, at, work.zeros, row);
+      direct.lay_out(conv, at, work.zeros, row);
       pixels.add(k, conv, at, row, width);
     }
   }

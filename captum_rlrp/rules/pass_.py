@@ -1,0 +1,138 @@
+"""What rules read of a run: values, shapes and kernels, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..graph.layout import Layout
+from .base import Call, Slot
+
+
+class Like(NamedTuple):
+    """What is remembered of a value that was not kept."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    memory_format: torch.memory_format
+
+
+@dataclass
+class Pass:
+    """One forward of the model and the propagation of relevance over it.
+
+    Attributes:
+        kernels: The backend that does the arithmetic.
+        values: The values at hand; those that no rule needs are gone.
+        likes: Shape and the like of every value that relevance may reach.
+        layouts: Where the batch lies in them.
+        output: The node of the model's output.
+        batch: Number of samples.
+        column: Where relevance starts as one unit in each row of a matrix: its column.
+        scratch: What the forward leaves for the rules.
+        checked: Numbers that tell whether all was finite, and no divisor too small.
+        violation: Largest violation of the local law so far, if it is measured: a float64 vector
+            of one number per sample.
+    """
+
+    kernels: ModuleType
+    values: dict[Node, Any]
+    likes: dict[Node, Like]
+    layouts: Mapping[Node, Layout]
+    output: Node
+    batch: int = 1
+    column: Tensor | None = None
+    scratch: dict[Any, Any] = field(default_factory=dict)
+    checked: list[Tensor] = field(default_factory=list)
+    violation: Tensor | None = None
+
+    def value(self, argument: Any) -> Any:
+        """The value of a node, or of an argument made of nodes."""
+        if isinstance(argument, Node):
+            return self.values[argument]
+        if isinstance(argument, (list, tuple)):
+            return type(argument)([self.value(item) for item in argument])
+        if isinstance(argument, dict):
+            return {key: self.value(item) for key, item in argument.items()}
+        if isinstance(argument, slice):
+            return slice(*map(self.value, (argument.start, argument.stop, argument.step)))
+        return argument
+
+    def like(self, node: Node) -> Like:
+        """Shape, dtype and device of a value, kept or not."""
+        return self.likes[node]
+
+    def samples_first(self, node: Node, value: Tensor) -> Tensor:
+        """A tensor laid out as the value of a node, with the samples as dimension 0 (a view)."""
+        return self.layouts[node].samples_first(value, self.batch)
+
+    def per_sample(self, node: Node, numbers: Tensor, shape: torch.Size) -> Tensor:
+        """One number for each sample, shaped to broadcast against the value of a node."""
+        return self.layouts[node].spread(numbers, shape)
+
+    def check(self, total: Tensor) -> None:
+        """Notes numbers that have to be finite, and moderate (:attr:`checked`)."""
+        self.checked.append(total.reshape(-1))
+
+    def evaluate(
+        self,
+        call: Call,
+        given: Mapping[Slot, Tensor],
+        *,
+        absolute: tuple[str, ...] = (),
+        overrides: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """Calls the op again with other values for some operands.
+
+        Args:
+            call: The call.
+            given: Place of an operand → value to use there; floating-point operands are cast to its
+                dtype.
+            absolute: Names of arguments whose absolute value is taken.
+            overrides: Argument name → value to use in its place.
+        """
+        dtype = next(iter(given.values())).dtype if given else None
+
+        def fill(argument: Any, slot: Slot) -> Any:
+            if slot in given:
+                return given[slot]
+            if isinstance(argument, (list, tuple)):
+                filled = [fill(item, (slot[0], i)) for i, item in enumerate(argument)]
+                return type(argument)(filled)
+            if not isinstance(argument, Node):
+                return argument
+            if argument in self.values:
+                value = self.values[argument]
+            else:  # an operand that the result does not depend on but by its shape
+                like = self.likes[argument]
+                value = torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)
+            if isinstance(value, Tensor) and value.is_floating_point() and dtype is not None:
+                value = value.to(dtype)
+                value = value.abs() if slot[0] in absolute else value
+                return value.clone() if value.is_inference() else value
+            return value
+
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        for parameter in call.target._schema.arguments:
+            name = parameter.name
+            value = call.args[name]
+            if overrides and name in overrides:
+                value = overrides[name]
+            elif name == "dtype" and isinstance(value, torch.dtype) and dtype is not None:
+                value = dtype
+            else:
+                value = fill(value, (name, None))
+            if parameter.kwarg_only:
+                kwargs[name] = value
+            else:
+                args.append(value)
+        result = call.target(*args, **kwargs)
+        return result[call.item] if call.item is not None else result
