@@ -3,6 +3,9 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from .attribution import LayerRelativeLRP, RelativeLRP
+from .dataset.report import build_report
+from .dataset.runner import explain_dataset
+from .dataset.show import show
 from .dataset.statistics import Comparison, RelevanceStatistics
 from .errors import (
     CaptureError,
@@ -31,6 +34,9 @@ __all__ = [
     "RelevanceStatistics",
     "TrainingModeError",
     "UnsupportedOperationError",
+    "build_report",
+    "explain_dataset",
     "register_rule",
+    "show",
     "show_config",
 ]

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from . import __version__
 from .attribution import RelativeLRP
+from .dataset.commands import add_parsers
 from .errors import RelativeLRPError
 from .kernels import show_config
 
@@ -87,6 +88,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     explain.add_argument("--device", default="auto", help="auto (the default), cpu, cuda, cuda:1 …")
     explain.set_defaults(run=run_explain)
+
+    add_parsers(commands)
 
     doctor = commands.add_parser("doctor", help="say which versions and kernels run here, and why")
     doctor.set_defaults(run=run_doctor)

@@ -1,6 +1,6 @@
 """Random networks, each told twice: as an ``nn.Module`` and to the float64 oracle.
 
-A graph is a list of calls. Every call names its kind for the oracle ("linear", "act", …) and the
+A graph is a list of calls. Every call names its kind for the oracle ("dense", "spatial", …) and the
 function or layer that computes it; the module runs the functions, the oracle reads the kinds. A
 seed gives the same graph every time::
 
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.oracle import Value, attend, cat, frozen, multiply, randomise_norms, stack
+from tests.oracle import Value, attend, cat, frozen, make, multiply, randomise_norms, stack
 
 Shape = tuple[int, ...]
 
@@ -202,12 +202,12 @@ class Builder:
 
     def scale(self, x: int) -> int:
         shape = (self.shapes[x][0], *[1] * (len(self.shapes[x]) - 1))
-        return self.unary("linear", "scale", self.weighted(lambda t, w: t * w, *shape), x)
+        return self.unary("move", "scale", self.weighted(lambda t, w: t * w, *shape), x)
 
     def shift(self, x: int) -> int:
         kind = self.rng.choice(["+", "-", "r-"])
         fn = {"+": lambda t, w: t + w, "-": lambda t, w: t - w, "r-": lambda t, w: w - t}[kind]
-        return self.unary("linear", f"shift {kind}", self.weighted(fn, *self.shapes[x]), x)
+        return self.unary("move", f"shift {kind}", self.weighted(fn, *self.shapes[x]), x)
 
     def number(self, x: int) -> int:
         kind = self.rng.choice(["x2", "/3", "-x", "+1", "1-x"])
@@ -215,22 +215,21 @@ class Builder:
             "x2": lambda t: t * 2, "/3": lambda t: t / 3, "-x": lambda t: -t,
             "+1": lambda t: t + 1, "1-x": lambda t: 1 - t,
         }  # fmt: skip
-        return self.unary("linear", f"number {kind}", fns[kind], x)
+        return self.unary("move", f"number {kind}", fns[kind], x)
 
     def masked(self, x: int) -> int:
         fill = self.rng.choice([0.0, 0.5])
         fn = self.weighted(lambda t, w: t.masked_fill(w > 0.5, fill), *self.shapes[x])
-        fn.weight.view(-1)[0] = 1.0  # a mask that covers nothing is no mask to the oracle
-        return self.unary("linear", f"masked_fill {fill}", fn, x)
+        return self.unary("move", f"masked_fill {fill}", fn, x)
 
     def dropout(self, x: int) -> int:
-        return self.layer("linear", nn.Dropout(0.3), x)
+        return self.layer("move", nn.Dropout(0.3), x)
 
     def flip(self, x: int) -> int:
-        return self.unary("linear", "flip", lambda t: t.flip(1), x)
+        return self.unary("move", "flip", lambda t: t.flip(1), x)
 
     def roll(self, x: int) -> int:
-        return self.unary("linear", "roll", lambda t: t.roll(1, -1), x)
+        return self.unary("move", "roll", lambda t: t.roll(1, -1), x)
 
     def slices(self, x: int) -> int | None:
         dim = self.rng.randrange(len(self.shapes[x]))
@@ -238,14 +237,14 @@ class Builder:
         if size < 4:
             return None
         start, stop = self.rng.randrange(0, size // 2), self.rng.randrange(size // 2 + 1, size + 1)
-        return self.unary("linear", f"slice {start}:{stop} of axis {dim + 1}",
+        return self.unary("move", f"slice {start}:{stop} of axis {dim + 1}",
                           lambda t: t.narrow(dim + 1, start, stop - start), x)  # fmt: skip
 
     def chunks(self, x: int) -> int | None:
         if self.shapes[x][0] % 2:
             return None
         for part in range(2):
-            last = self.unary("linear", f"chunk {part}",
+            last = self.unary("move", f"chunk {part}",
                               lambda t, part=part: t.chunk(2, 1)[part], x)  # fmt: skip
         return last
 
@@ -285,14 +284,14 @@ class Builder:
         if (self.samples[x] == self.samples[y]).any():
             return None  # ties go half and half, which the oracle's Jacobian cannot know
         fn = self.rng.choice([torch.maximum, torch.minimum])
-        return self.emit(fn.__name__, fn, lambda a, b: _route(fn, a, b), x, y)
+        return self.emit(fn.__name__, fn, lambda a, b: make("route", fn, a, b), x, y)
 
     def where(self, x: int) -> int | None:
         y = self.partner(x)
         if y is None:
             return None
         fn = self.weighted(lambda a, b, w: torch.where(w > 0, a, b), *self.shapes[x])
-        return self.emit("where", fn, lambda a, b: _route(fn, a, b), x, y)
+        return self.emit("where", fn, lambda a, b: make("route", fn, a, b), x, y)
 
     def join(self, x: int) -> int | None:
         y = self.partner(x)
@@ -311,8 +310,8 @@ class Builder:
         last = self.emit("stack", lambda a, b: torch.stack([a, b], 1),
                          lambda a, b: stack([a, b], 1), x, y)  # fmt: skip
         self.spent.add(last)
-        flat = self.unary("linear", "flatten", lambda t: t.flatten(1, 2), last)
-        return flat if self.rng.random() < 0.5 else self.unary("linear", "mean of stack",
+        flat = self.unary("move", "flatten", lambda t: t.flatten(1, 2), last)
+        return flat if self.rng.random() < 0.5 else self.unary("pool", "mean of stack",
                                                              lambda t: t.mean(1), last)  # fmt: skip
 
     def gate(self, x: int) -> int | None:
@@ -320,7 +319,7 @@ class Builder:
         if len(self.shapes[x]) < 2:
             return None
         axes = tuple(range(2, len(self.shapes[x]) + 1))
-        squeezed = self.unary("linear", "squeeze", lambda t: t.mean(axes, keepdim=True), x)
+        squeezed = self.unary("pool", "squeeze", lambda t: t.mean(axes, keepdim=True), x)
         gate = self.unary("act", "sigmoid", torch.sigmoid, squeezed)
         self.spent.update((squeezed, gate))
         pair = (x, gate) if self.rng.random() < 0.5 else (gate, x)
@@ -330,7 +329,7 @@ class Builder:
         if len(self.shapes[x]) < 2:
             return None
         axes = tuple(range(2, len(self.shapes[x]) + 1))
-        pooled = self.unary("linear", "pooled", lambda t: t.mean(axes, keepdim=True), x)
+        pooled = self.unary("pool", "pooled", lambda t: t.mean(axes, keepdim=True), x)
         self.spent.add(pooled)
         if self.rng.random() < 0.5:
             return self.emit("add broadcast", lambda a, b: a + b, lambda a, b: a + b, x, pooled)
@@ -377,7 +376,7 @@ class Builder:
         make = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
         module = make(inside, outside, kernel, stride, padding, dilation, groups,
                       self.rng.random() < 0.7, mode)  # fmt: skip
-        last = self.layer("linear", module, x)
+        last = self.layer("spatial", module, x)
         return self.after_conv(last) if self.rng.random() < 0.6 else last
 
     def after_conv(self, x: int) -> int:
@@ -386,7 +385,7 @@ class Builder:
         last = x
         if self.rng.random() < 0.7:
             norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[len(shape) - 2]
-            last = self.layer("linear", norm(shape[0], affine=self.rng.random() < 0.8), last)
+            last = self.layer("move", norm(shape[0], affine=self.rng.random() < 0.8), last)
         if self.rng.random() < 0.5:
             last = self.add(last) or last
         if self.rng.random() < 0.7:
@@ -401,16 +400,16 @@ class Builder:
             return None
         make = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
         norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[axes - 1]
-        h = self.layer("linear", make(shape[0], shape[0], 3, padding=1, bias=False), x)
-        h = self.layer("linear", norm(shape[0]), h)
+        h = self.layer("spatial", make(shape[0], shape[0], 3, padding=1, bias=False), x)
+        h = self.layer("move", norm(shape[0]), h)
         h = self.unary("act", "relu", torch.relu, h)
-        h = self.layer("linear", make(shape[0], shape[0], 1), h)
+        h = self.layer("spatial", make(shape[0], shape[0], 1), h)
         if self.rng.random() < 0.7:
-            h = self.layer("linear", norm(shape[0]), h)
+            h = self.layer("move", norm(shape[0]), h)
         skip = x
         if self.rng.random() < 0.4:
-            skip = self.layer("linear", make(shape[0], shape[0], 1, bias=False), x)
-            skip = self.layer("linear", norm(shape[0]), skip)
+            skip = self.layer("spatial", make(shape[0], shape[0], 1, bias=False), x)
+            skip = self.layer("move", norm(shape[0]), skip)
         pair = (h, skip) if self.rng.random() < 0.7 else (skip, h)
         last = self.emit("add", lambda a, b: a + b, lambda a, b: a + b, *pair)
         return self.unary("act", "relu", torch.relu, last) if self.rng.random() < 0.8 else last
@@ -424,12 +423,12 @@ class Builder:
         make = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[len(shape) - 2]
         module = make(shape[0], 2 * groups, kernel, stride, self.rng.choice([0, 1]),
                       output_padding=stride - 1, groups=groups)  # fmt: skip
-        return self.layer("linear", module, x)
+        return self.layer("spatial", module, x)
 
     def batch_norm(self, x: int) -> int:
         shape = self.shapes[x]
         make = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[len(shape) - 1]
-        return self.layer("linear", make(shape[0]), x)
+        return self.layer("move", make(shape[0]), x)
 
     def pool(self, x: int) -> int | None:
         shape = self.shapes[x]
@@ -443,7 +442,7 @@ class Builder:
             make = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)[axes - 1]
             return self.layer("route", make(kernel, stride, padding, dilation, False, ceil), x)
         average = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)[axes - 1]
-        return self.layer("linear", average(kernel, stride, padding, ceil,
+        return self.layer("pool", average(kernel, stride, padding, ceil,
                                             self.rng.random() < 0.5), x)  # fmt: skip
 
     def adaptive_pool(self, x: int) -> int | None:
@@ -455,7 +454,7 @@ class Builder:
             make = (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)[axes - 1]
             return self.layer("route", make(size), x)
         make = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[axes - 1]
-        return self.layer("linear", make(size), x)
+        return self.layer("pool", make(size), x)
 
     def upsample(self, x: int) -> int | None:
         shape = self.shapes[x]
@@ -463,13 +462,13 @@ class Builder:
             return None
         smooth = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(shape) - 1]
         mode = self.rng.choice(["nearest", smooth])
-        return self.layer("linear", nn.Upsample(scale_factor=2, mode=mode), x)
+        return self.layer("spatial", nn.Upsample(scale_factor=2, mode=mode), x)
 
     def pad(self, x: int) -> int:
         sides = [1, 2] * (len(self.shapes[x]) - 1)
         mode = self.rng.choice(["constant", "constant", "replicate"])
         value = self.rng.choice([0.0, 0.7]) if mode == "constant" else None
-        return self.unary("linear", f"pad {mode} {value}",
+        return self.unary("move", f"pad {mode} {value}",
                           lambda t: F.pad(t, sides, mode, value), x)  # fmt: skip
 
     def shuffle(self, x: int) -> int | None:
@@ -477,7 +476,7 @@ class Builder:
         if channels % 2 or channels < 4:
             return None
         return self.unary(
-            "linear", "channel shuffle",
+            "move", "channel shuffle",
             lambda t: t.view(-1, 2, channels // 2, *rest).transpose(1, 2).reshape(t.shape), x,
         )  # fmt: skip
 
@@ -486,9 +485,9 @@ class Builder:
         if len(shape) != 3:
             return None
         if shape[0] % 4 == 0 and shape[0] > 4:
-            return self.layer("linear", nn.PixelShuffle(2), x)
+            return self.layer("move", nn.PixelShuffle(2), x)
         if shape[1] % 2 == 0 and shape[2] % 2 == 0 and shape[0] < 4:
-            return self.layer("linear", nn.PixelUnshuffle(2), x)
+            return self.layer("move", nn.PixelUnshuffle(2), x)
         return None
 
     def group_norm(self, x: int) -> int | None:
@@ -510,9 +509,9 @@ class Builder:
             return None
         rank = len(self.shapes[x]) + 1
         forth, back = [0, *range(2, rank), 1], [0, rank - 1, *range(1, rank - 1)]
-        last = self.unary("linear", "channels last", lambda t: t.permute(forth), x)
+        last = self.unary("move", "channels last", lambda t: t.permute(forth), x)
         last = self.layer("act", nn.LayerNorm(self.shapes[x][0]), last)
-        return self.unary("linear", "channels first", lambda t: t.permute(back), last)
+        return self.unary("move", "channels first", lambda t: t.permute(back), last)
 
     def amax(self, x: int) -> int:
         # In a tie the gradient of amax goes to each maximum, relevance to the first.
@@ -522,27 +521,27 @@ class Builder:
     def tokens(self, x: int) -> int | None:
         if len(self.shapes[x]) != 3 or self.shapes[x][1] * self.shapes[x][2] > 40:
             return None
-        return self.unary("linear", "tokens", lambda t: t.flatten(2).transpose(1, 2), x)
+        return self.unary("move", "tokens", lambda t: t.flatten(2).transpose(1, 2), x)
 
     # ---- sequences (tokens, features) -----------------------------------------------------------
 
     def linear(self, x: int) -> int:
         outside = self.rng.choice([4, 4, 6])
-        return self.layer("linear", nn.Linear(self.shapes[x][-1], outside,
+        return self.layer("dense", nn.Linear(self.shapes[x][-1], outside,
                                               self.rng.random() < 0.7), x)  # fmt: skip
 
     def norm(self, x: int) -> int:
         return self.layer("act", nn.LayerNorm(self.shapes[x][-1]), x)
 
     def swap(self, x: int) -> int:
-        return self.unary("linear", "transpose", lambda t: t.transpose(1, 2), x)
+        return self.unary("move", "transpose", lambda t: t.transpose(1, 2), x)
 
     def accumulate(self, x: int) -> int:
-        return self.unary("linear", "cumsum", lambda t: t.cumsum(1), x)
+        return self.unary("spatial", "cumsum", lambda t: t.cumsum(1), x)
 
     def matrix(self, x: int) -> int:
         fn = self.weighted(lambda t, w: w @ t, 5, self.shapes[x][0])
-        return self.unary("linear", "matmul", fn, x)
+        return self.unary("dense", "matmul", fn, x)
 
     def softmax(self, x: int) -> int:
         return self.unary("act", "softmax", lambda t: t.softmax(-1), x)
@@ -560,7 +559,7 @@ class Builder:
     def attention(self, x: int) -> int:
         """Softmax of similarities, written out; the value path is a section."""
         features = self.shapes[x][1]
-        q, k, v = (self.layer("linear", nn.Linear(features, 4), x) for _ in range(3))
+        q, k, v = (self.layer("dense", nn.Linear(features, 4), x) for _ in range(3))
         self.spent.update((q, k))
         product = self.rng.choice(["@", "bmm", "einsum"])
         weigh = {
@@ -572,30 +571,30 @@ class Builder:
         def weights(a: Tensor, b: Tensor) -> Tensor:
             return (a @ b.transpose(1, 2) / 2).softmax(-1)
 
-        made = self.emit("weights", weights, lambda a, b: _gate(weights, a, b), q, k)
+        made = self.emit("weights", weights, lambda a, b: make("gate", weights, a, b), q, k)
         self.spent.add(made)
         return self.emit(f"attend {product}", weigh, lambda w, u: attend(weigh, w, u), made, v)
 
     def fused_attention(self, x: int) -> int:
         features = self.shapes[x][1]
-        q, k, v = (self.layer("linear", nn.Linear(features, 4), x) for _ in range(3))
+        q, k, v = (self.layer("dense", nn.Linear(features, 4), x) for _ in range(3))
         self.spent.update((q, k))
 
         def heads(t: Tensor) -> Tensor:
             return t.unflatten(2, (2, 2)).transpose(1, 2)
 
-        q, k, v = (self.unary("linear", "heads", heads, t) for t in (q, k, v))
+        q, k, v = (self.unary("move", "heads", heads, t) for t in (q, k, v))
 
         def weights(a: Tensor, b: Tensor) -> Tensor:
             return (a @ b.transpose(-1, -2) / 2**0.5).softmax(-1)
 
         def tell(a: Value, b: Value, c: Value) -> Value:
-            return attend(lambda w, u: w @ u, _gate(weights, a, b), c)
+            return attend(lambda w, u: w @ u, make("gate", weights, a, b), c)
 
         last = self.emit("scaled_dot_product_attention", F.scaled_dot_product_attention, tell,
                          q, k, v)  # fmt: skip
         self.spent.update((q, k, v, last))
-        return self.unary("linear", "merge heads", lambda t: t.transpose(1, 2).flatten(2), last)
+        return self.unary("move", "merge heads", lambda t: t.transpose(1, 2).flatten(2), last)
 
     # ---- rows -----------------------------------------------------------------------------------
 
@@ -605,8 +604,8 @@ class Builder:
         half = self.shapes[x][0] // 2
 
         def tell(v: Value) -> Value:
-            a = v.linear(lambda t: t[:, :half])
-            b = v.linear(lambda t: t[:, half:]).act(torch.sigmoid)
+            a = v.move(lambda t: t[:, :half])
+            b = v.move(lambda t: t[:, half:]).act(torch.sigmoid)
             return a * b
 
         return self.emit("glu", lambda t: F.glu(t, 1), tell, x)
@@ -646,27 +645,15 @@ class Builder:
         else:
             if len(shape) > 1 and self.rng.random() < 0.5:
                 axes = tuple(range(2, len(shape) + 1))
-                last = self.unary("linear", "mean", lambda t: t.mean(axes), last)
+                last = self.unary("pool", "mean", lambda t: t.mean(axes), last)
             else:
-                last = self.unary("linear", "flatten", lambda t: t.flatten(1), last)
-            last = self.layer("linear", nn.Linear(self.shapes[last][0], 3), last)
+                last = self.unary("move", "flatten", lambda t: t.flatten(1), last)
+            last = self.layer("dense", nn.Linear(self.shapes[last][0], 3), last)
             if self.rng.random() < 0.2:
-                last = self.unary("act", "softmax", lambda t: t.softmax(-1), last)
+                last = self.unary("softmax", "softmax", lambda t: t.softmax(-1), last)
         shape = self.shapes[-1]
         index = [tuple(self.rng.randrange(size) for size in shape) for _ in range(2)]
         return [i[0] for i in index] if len(shape) == 1 else index
-
-
-def _route(fn: Callable[..., Tensor], *values: Value) -> Value:
-    from tests.oracle import _make
-
-    return _make("route", fn, *values)
-
-
-def _gate(fn: Callable[..., Tensor], *values: Value) -> Value:
-    from tests.oracle import _make
-
-    return _make("gate", fn, *values)
 
 
 INPUTS: list[Shape] = [(3, 8, 8), (2, 7, 6), (3, 8, 8), (2, 4, 4, 4), (5, 6), (4, 12), (7,)]

@@ -87,7 +87,7 @@ def move(module: nn.Module) -> None:
 
 @pytest.fixture
 def without_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What cannot be done: the look at the sums, and autograd, whose engine asks for the device.
+    """What cannot be done: the look at the totals, and autograd, whose engine asks for the device.
 
     And what has to be told apart all the same: memory, by which it is decided what may be written
     over. The address of a storage stands for that of its bytes.

@@ -79,15 +79,15 @@ def test_a_part_that_hangs_is_stopped_at_its_share(check: Check) -> None:
         (n, "stopped at its limit" if n == "agree" else "passed") for n in PARTS
     ]
     assert "begun\n" in check.report
-    assert check.seconds < 8
+    assert check.seconds < 30  # not 60, however busy the machine is
 
 
 def test_when_all_hang_all_get_their_share(check: Check) -> None:
     for name in ("speed", "models", "peers"):
         check.fake(name, "sleep 60")
-    assert check.run("6", "speed", "models", "peers") == 1
+    assert check.run("8", "speed", "models", "peers") == 1
     assert [result for _, result in check.results] == ["stopped at its limit"] * 3
-    assert check.seconds < 8
+    assert check.seconds < 30  # not 60, however busy the machine is
 
 
 def test_without_time_nothing_runs(check: Check) -> None:

@@ -12,7 +12,7 @@ from captum.attr._utils.attribution import LayerAttribution
 from torch import Tensor, nn
 
 from captum_rlrp import LayerRelativeLRP, RelativeLRP
-from tests.oracle import Relevance, Value, cat, frozen, randomise_norms, relative_error
+from tests.oracle import Attribution, Value, cat, frozen, randomise_norms, relative_error
 
 
 class Net(nn.Module):
@@ -42,19 +42,19 @@ def oracle(model: Net, x: Tensor, targets: list[int]) -> dict[str, Tensor]:
     rows: dict[str, list[Tensor]] = {}
     for i, target in enumerate(targets):
         v = {"input": Value(x[i : i + 1].double())}
-        v["conv"] = v["input"].linear(m.conv)
-        v["norm"] = v["conv"].linear(m.norm)
+        v["conv"] = v["input"].spatial(m.conv)
+        v["norm"] = v["conv"].move(m.norm)
         v["relu 1"] = v["norm"].act(F.relu)
-        v["block.0"] = v["relu 1"].linear(m.block[0])
-        v["block.1"] = v["block.0"].linear(m.block[1])
+        v["block.0"] = v["relu 1"].spatial(m.block[0])
+        v["block.1"] = v["block.0"].move(m.block[1])
         v["sum"] = v["relu 1"] + v["block.1"]
-        v["alone"] = v["sum"].linear(m.alone)
+        v["alone"] = v["sum"].move(m.alone)
         v["relu 2"] = v["alone"].act(F.relu)
         v["pool"] = v["relu 2"].route(m.pool)
-        v["mean"] = v["pool"].linear(m.mean)
-        v["flat"] = v["mean"].linear(m.flat)
-        v["head"] = v["flat"].linear(m.head)
-        relevance = Relevance(v["head"], (target,))
+        v["mean"] = v["pool"].pool(m.mean)
+        v["flat"] = v["mean"].move(m.flat)
+        v["head"] = v["flat"].dense(m.head)
+        relevance = Attribution(v["head"], (target,))
         for name, value in v.items():
             rows.setdefault(name, []).append(relevance.at(value))
     return {name: torch.cat(parts) for name, parts in rows.items()}
@@ -258,9 +258,9 @@ def test_tuples(at_input: bool) -> None:
     model = Forked().double().eval()
     m, x = frozen(model), torch.randn(1, 4, dtype=torch.float64)
     start = Value(x)
-    a, b = start.linear(m.fork.a).act(torch.relu), start.linear(m.fork.b).act(torch.tanh)
+    a, b = start.dense(m.fork.a).act(torch.relu), start.dense(m.fork.b).act(torch.tanh)
     joined = cat([a, b], 1)
-    relevance = Relevance(joined.linear(m.head), (1,))
+    relevance = Attribution(joined.dense(m.head), (1,))
     layer = model.join if at_input else model.fork
     attribution = LayerRelativeLRP(model, layer).attribute(x, 1, attribute_to_layer_input=at_input)
     assert isinstance(attribution, tuple)
@@ -284,8 +284,8 @@ def test_embedding() -> None:
     rows = []
     for token, target in zip(tokens, (0, 2), strict=True):
         start = Value(m[0](token[None]))
-        out = start.linear(m[1]).linear(m[2]).act(torch.relu).linear(m[4])
-        rows.append(Relevance(out, (target,)).at(start))
+        out = start.move(m[1]).dense(m[2]).act(torch.relu).dense(m[4])
+        rows.append(Attribution(out, (target,)).at(start))
     close(attribution, torch.cat(rows))
 
 
@@ -390,17 +390,15 @@ def dense_block_oracle(model: DenseBlock, x: Tensor, target: int) -> dict[str, T
     rows: dict[str, list[Tensor]] = {}
     for sample in x.double().split(1):
         v = {"input": Value(sample)}
-        v["first"] = v["input"].linear(m.first)
+        v["first"] = v["input"].spatial(m.first)
         features = [v["first"].act(torch.relu)]
-        features.append(features[0].linear(m.convs[0]).act(torch.relu))
+        features.append(features[0].spatial(m.convs[0]).act(torch.relu))
         for i in range(3):
             v[f"cats.{i}"] = cat(features, 1)
-            hidden = v[f"cats.{i}"].linear(m.norms[i]).act(torch.relu).linear(m.convs[i + 1])
+            hidden = v[f"cats.{i}"].move(m.norms[i]).act(torch.relu).spatial(m.convs[i + 1])
             features.append(hidden.act(torch.relu))
         v["cats.3"] = cat(features, 1)
-        relevance = Relevance(
-            v["cats.3"].linear(lambda t: t.mean((2, 3))).linear(m.head), (target,)
-        )
+        relevance = Attribution(v["cats.3"].pool(lambda t: t.mean((2, 3))).dense(m.head), (target,))
         for name, value in v.items():
             rows.setdefault(name, []).append(relevance.at(value))
     return {name: torch.cat(parts) for name, parts in rows.items()}

@@ -19,14 +19,18 @@ LAYOUTS = pytest.mark.parametrize(
 
 
 def apart(name: str, dtype: torch.dtype, layout: torch.memory_format, size: int = 96) -> Tensor:
-    """For each sample, the share of its Σ|R| that lies elsewhere on the GPU."""
+    """For each sample, the share of its Σ|R| that lies elsewhere on the GPU.
+
+    Apart from what the dtype cannot hold: much of a pixel's relevance is less than float16 has.
+    """
     model, x = build(name).double(), torch.randn(2, 3, size, size, dtype=torch.float64)
     expected = RelativeLRP(model, backend="reference").attribute(x, target=[1, 2])
     model, x = model.to("cuda", dtype), x.to("cuda", dtype).contiguous(memory_format=layout)
     actual = RelativeLRP(model, backend="compiled").attribute(x, target=[1, 2])
     assert (actual.device.type, actual.dtype) == ("cuda", dtype)
     assert actual.is_contiguous()
-    return distances(actual, expected)
+    gaps = (actual.double().cpu() - expected.to(dtype).double()).abs().flatten(1).sum(1)
+    return gaps / expected.abs().flatten(1).sum(1)
 
 
 @LAYOUTS
@@ -41,8 +45,6 @@ def test_cuda_equals_the_float64_reference(
         # Where two elements of a window are equal up to rounding, another one may win.
         assert found.min() < bound
         bound = 0.02
-    if name == "vgg16" and dtype == torch.float16:  # up to 0.083 on the CPU
-        bound = 0.15
     assert found.max() < bound
 
 
@@ -51,7 +53,7 @@ def test_cuda_equals_the_float64_reference(
 def test_tf32(name: str, layout: torch.memory_format) -> None:
     """As PyTorch has it by default; conftest.py, which turns it off, sets it back."""
     torch.backends.cudnn.allow_tf32 = True
-    assert apart(name, torch.float32, layout).mean() < 0.05  # single samples: up to 0.041, emulated
+    assert apart(name, torch.float32, layout).max() < 0.05  # up to 0.012, emulated
 
 
 @pytest.mark.parametrize("name", ["resnet50", "densenet121"])

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_rlrp import RelativeLRP
-from tests.oracle import Value, agrees, cat, explain, frozen, randomise_norms, relative_error, stack
+from tests.oracle import (
+    Value,
+    agrees,
+    attend,
+    cat,
+    chain,
+    explain,
+    frozen,
+    make,
+    randomise_norms,
+    relative_error,
+    stack,
+)
+from tests.paths import TOLERANCE, all_paths
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 BATCH = 2
 
 
@@ -29,17 +41,10 @@ def check(model: nn.Module, make_twin: Callable[..., Callable], *inputs: Tensor)
     expected = explain(make_twin(model), inputs, targets)
     assert all(e.isfinite().all() for e in expected)
     assert any(e.abs().sum() > 1e-3 for e in expected), "the example explains nothing"
-
     for dtype, tolerance in TOLERANCE.items():
-        rlrp = RelativeLRP(frozen(model, dtype))
-        actual, delta = rlrp.attribute(
-            tuple(x.to(dtype) for x in inputs), target=targets, return_convergence_delta=True
-        )
+        actual = all_paths(frozen(model, dtype), tuple(x.to(dtype) for x in inputs), targets)
         for a, e in zip(actual, expected, strict=True):
-            assert a.dtype == dtype
             assert relative_error(a, e) <= tolerance
-        assert delta.shape == (len(targets),)
-        assert delta.max() <= (1e-10 if dtype == torch.float64 else 1e-3)
 
 
 # ---- chains: x → [layers] → flatten → Linear -----------------------------------------------------
@@ -48,22 +53,13 @@ Link = tuple[str, nn.Module]
 
 
 def check_chain(links: list[Link], *shape: int) -> None:
-    """A sequence of modules, each with the oracle's word for it: linear, act or route."""
+    """A sequence of modules, each with the oracle's word for it."""
     x = torch.randn(BATCH, *shape)
     body = nn.Sequential(*(module for _, module in links)).eval()
     features = body(x).flatten(1).shape[1]
-    kinds = [kind for kind, _ in links] + ["linear", "linear"]
+    kinds = [kind for kind, _ in links] + ["move", "dense"]
     model = nn.Sequential(*body, nn.Flatten(), nn.Linear(features, 3))
-
-    def make_twin(model: nn.Sequential) -> Callable[[Value], Value]:
-        def twin(x: Value) -> Value:
-            for kind, module in zip(kinds, model, strict=True):
-                x = getattr(x, kind)(module)
-            return x
-
-        return twin
-
-    check(model, make_twin, x)
+    check(model, lambda m: chain(list(zip(kinds, m, strict=True))), x)
 
 
 class Call(nn.Module):
@@ -77,6 +73,11 @@ class Call(nn.Module):
         return self.fn(x)
 
 
+DENSE = {"linear", "linear, no bias", "linear on a sequence", "matmul with a constant",
+         "constant times it", "bilinear form with a constant"}  # fmt: skip
+POOLS = {"avg_pool1d", "avg_pool2d", "avg_pool2d with every option", "avg_pool2d divisor",
+         "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool2d global",
+         "adaptive_avg_pool3d", "mean over space", "mean, kept axis", "sum over space"}  # fmt: skip
 LINEAR_LAYERS = {
     "linear": (lambda: nn.Linear(5, 4), (5,)),
     "linear, no bias": (lambda: nn.Linear(5, 4, bias=False), (5,)),
@@ -178,6 +179,10 @@ LINEAR_LAYERS = {
         lambda: Call(lambda x: x @ torch.arange(8, dtype=x.dtype).reshape(4, 2).sub(3.5)),
         (3, 4),
     ),
+    "constant times it": (
+        lambda: Call(lambda x: torch.linspace(-1, 1, 6).to(x).reshape(2, 3) @ x),
+        (3, 4),
+    ),
     "bilinear form with a constant": (
         lambda: Call(
             lambda x: torch.einsum("bij,jk->bik", x, torch.linspace(-1, 1, 8).to(x).reshape(4, 2))
@@ -190,11 +195,48 @@ LINEAR_LAYERS = {
 @pytest.mark.parametrize("name", LINEAR_LAYERS)
 def test_linear_layer(name: str) -> None:
     factory, shape = LINEAR_LAYERS[name]
-    check_chain([("linear", factory()), ("act", nn.LeakyReLU(0.1))], *shape)
+    kind = "dense" if name in DENSE else "pool" if name in POOLS else "spatial"
+    check_chain([(kind, factory()), ("act", nn.LeakyReLU(0.1))], *shape)
 
 
-# Between two linear maps: one section from end to end.
-INSIDE_A_SECTION = {
+# One input: relevance passes, whatever the coefficients are.
+ONE_INPUT = {
+    "linear": (lambda: nn.Linear(1, 4), (1,)),
+    "linear on a sequence": (lambda: nn.Linear(1, 2), (3, 1)),
+    "matmul with a constant": (
+        lambda: Call(lambda x: x @ torch.linspace(-1, 2, 4).to(x).reshape(1, 4)),
+        (3, 1),
+    ),
+    "constant times it": (
+        lambda: Call(lambda x: torch.linspace(-1, 1, 3).to(x).reshape(3, 1) @ x),
+        (1, 4),
+    ),
+    "einsum": (
+        lambda: Call(
+            lambda x: torch.einsum("j,...ij->i...j", torch.tensor([-1.0, 2]).to(x), x).movedim(0, 1)
+        ),
+        (3, 2),
+    ),
+    "vector": (lambda: Call(lambda x: F.linear(x, x.new_tensor([-2.0]))[:, None]), (3, 1)),
+    "conv2d": (lambda: nn.Conv2d(1, 3, 1), (1, 3, 3)),
+    "conv2d, depthwise and strided": (lambda: nn.Conv2d(2, 4, 1, 2, groups=2), (2, 3, 3)),
+    "conv_transpose2d": (lambda: nn.ConvTranspose2d(1, 3, 2, 2), (1, 3, 3)),
+    "average pool": (lambda: nn.AvgPool2d(1, 2), (2, 3, 3)),
+    "global pool": (lambda: nn.AdaptiveAvgPool2d(1), (4, 1, 1)),
+    "bilinear": (lambda: nn.Upsample(scale_factor=2, mode="bilinear"), (2, 1, 1)),
+    "unfold": (lambda: nn.Unfold(2), (2, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("name", ONE_INPUT)
+def test_one_input_for_each_output(name: str) -> None:
+    factory, shape = ONE_INPUT[name]
+    check_chain([("act", nn.Tanh()), ("move", factory()), ("act", nn.Tanh())], *shape)
+
+
+# Behind a convolution: in the final section, and by its own law in front of a non-linearity.
+KINDS = {"average pool": "pool", "another convolution": "spatial", "mean": "pool"}
+BEHIND_A_CONVOLUTION = {
     "batch norm": (lambda: nn.BatchNorm2d(4), "2d"),
     "batch norm, not affine": (lambda: nn.BatchNorm2d(4, affine=False), "2d"),
     "batch norm 1d": (lambda: nn.BatchNorm1d(4), "1d"),
@@ -238,13 +280,17 @@ INSIDE_A_SECTION = {
 }
 
 
-@pytest.mark.parametrize("name", INSIDE_A_SECTION)
-def test_inside_a_section(name: str) -> None:
-    factory, dims = INSIDE_A_SECTION[name]
+@pytest.mark.parametrize("name", BEHIND_A_CONVOLUTION)
+@pytest.mark.parametrize("final", [False, True])
+def test_behind_a_convolution(name: str, final: bool) -> None:
+    factory, dims = BEHIND_A_CONVOLUTION[name]
     n = int(dims[0])
     conv = [nn.Conv1d, nn.Conv2d, nn.Conv3d][n - 1]
-    first = conv(2, 4, 3, padding=1)
-    check_chain([("linear", first), ("linear", factory())], 2, *[4, 3, 3][:n])
+    links = [("spatial", conv(2, 4, 3, padding=1))]
+    links.append((KINDS.get(name, "move"), factory()))
+    if not final:
+        links.append(("act", nn.Tanh()))
+    check_chain(links, 2, *[4, 3, 3][:n])
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
@@ -252,16 +298,16 @@ def test_inside_a_section(name: str) -> None:
 def test_batch_norm_alone_passes_relevance_through(dims: int, affine: bool) -> None:
     norm = [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d][dims - 1](3, affine=affine)
     conv = [nn.Conv1d, nn.Conv2d, nn.Conv3d][dims - 1](2, 3, 2)
-    links = [("linear", conv), ("act", nn.ReLU()), ("linear", norm), ("act", nn.ReLU())]
+    links = [("spatial", conv), ("act", nn.ReLU()), ("move", norm), ("act", nn.ReLU())]
     check_chain(links, 2, *[4, 4, 3][:dims])
 
 
 def test_batch_norm_on_the_input() -> None:
-    check_chain([("linear", nn.BatchNorm1d(5)), ("act", nn.Tanh()), ("linear", nn.Linear(5, 4))], 5)
+    check_chain([("move", nn.BatchNorm1d(5)), ("act", nn.Tanh()), ("dense", nn.Linear(5, 4))], 5)
 
 
 def test_batch_norm_on_rows() -> None:
-    check_chain([("linear", nn.Linear(4, 5)), ("linear", nn.BatchNorm1d(5)), ("act", nn.ReLU())], 4)
+    check_chain([("dense", nn.Linear(4, 5)), ("move", nn.BatchNorm1d(5)), ("act", nn.ReLU())], 4)
 
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -317,13 +363,13 @@ def _norm(norm: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activation(name: str) -> None:
-    check_chain([("linear", nn.Conv2d(2, 4, 3, padding=1)), ("act", ACTIVATIONS[name]())], 2, 4, 4)
+    check_chain([("spatial", nn.Conv2d(2, 4, 3, padding=1)), ("act", ACTIVATIONS[name]())], 2, 4, 4)
 
 
 def test_dropout_in_eval_mode() -> None:
     for dropout in (nn.Dropout(0.5), nn.Dropout2d(0.5), nn.AlphaDropout(0.5)):
         conv = nn.Conv2d(2, 3, 2)
-        check_chain([("linear", conv), ("act", nn.ReLU()), ("act", dropout)], 2, 3, 3)
+        check_chain([("spatial", conv), ("act", nn.ReLU()), ("act", dropout)], 2, 3, 3)
 
 
 CHOICES = {
@@ -350,12 +396,12 @@ def test_choice(name: str, after_relu: bool) -> None:
     factory, size = CHOICES[name]
     conv = [nn.Conv1d, nn.Conv2d, nn.Conv3d][len(size) - 1](2, 3, 3, padding=1)
     act = nn.ReLU() if after_relu else nn.Tanh()
-    check_chain([("linear", conv), ("act", act), ("route", factory())], 2, *size)
+    check_chain([("spatial", conv), ("act", act), ("route", factory())], 2, *size)
 
 
-def test_max_pool_inside_a_chain_of_linear_maps_ends_the_section() -> None:
+def test_max_pool_begins_the_final_section() -> None:
     conv, pool, again = nn.Conv2d(2, 3, 3), nn.MaxPool2d(2), nn.Conv2d(3, 2, 2)
-    check_chain([("linear", conv), ("route", pool), ("linear", again)], 2, 8, 8)
+    check_chain([("spatial", conv), ("route", pool), ("spatial", again)], 2, 8, 8)
 
 
 # ---- graphs: written twice, once for torch and once for the oracle -------------------------------
@@ -381,7 +427,7 @@ JOINS: dict[str, tuple[Callable[..., Tensor], Callable[..., Value], int]] = {
     "a + b": (lambda a, b: a + b, lambda a, b: a + b, 4),
     "torch.add with alpha": (
         lambda a, b: torch.add(a, b, alpha=2.5),
-        lambda a, b: a + b.linear(lambda t: 2.5 * t),
+        lambda a, b: a + b.move(lambda t: 2.5 * t),
         4,
     ),
     "a - b": (lambda a, b: a - b, lambda a, b: a - b, 4),
@@ -394,34 +440,76 @@ JOINS: dict[str, tuple[Callable[..., Tensor], Callable[..., Value], int]] = {
     ),
     "broadcast along a kept axis": (
         lambda a, b: a + b.mean(1, keepdim=True),
-        lambda a, b: a + b.linear(lambda t: t.mean(1, keepdim=True)),
+        lambda a, b: a + b.pool(lambda t: t.mean(1, keepdim=True)),
         4,
     ),
     "broadcast along a new axis": (
         lambda a, b: a.reshape(-1, 2, 2) + b[:, None, :2],
-        lambda a, b: a.linear(lambda t: t.reshape(-1, 2, 2)) + b.linear(lambda t: t[:, None, :2]),
+        lambda a, b: a.move(lambda t: t.reshape(-1, 2, 2)) + b.move(lambda t: t[:, None, :2]),
         4,
     ),
     "broadcast difference": (
         lambda a, b: a.mean(1, keepdim=True) - b,
-        lambda a, b: a.linear(lambda t: t.mean(1, keepdim=True)) - b,
+        lambda a, b: a.pool(lambda t: t.mean(1, keepdim=True)) - b,
         4,
     ),
     "both broadcast": (
         lambda a, b: a[:, :, None] + b[:, None, :],
-        lambda a, b: a.linear(lambda t: t[:, :, None]) + b.linear(lambda t: t[:, None, :]),
+        lambda a, b: a.move(lambda t: t[:, :, None]) + b.move(lambda t: t[:, None, :]),
         16,
     ),
     "product": (lambda a, b: a * b, lambda a, b: a * b, 4),
     "square by hand": (lambda a, b: a * a + b, lambda a, b: (a * a) + b, 4),
     "gate": (
         lambda a, b: a * torch.sigmoid(b.mean(1, keepdim=True)),
-        lambda a, b: a * b.linear(lambda t: t.mean(1, keepdim=True)).act(torch.sigmoid),
+        lambda a, b: a * b.pool(lambda t: t.mean(1, keepdim=True)).act(torch.sigmoid),
         4,
     ),
     "gate first": (
         lambda a, b: torch.sigmoid(b[:, :1]) * a,
-        lambda a, b: b.linear(lambda t: t[:, :1]).act(torch.sigmoid) * a,
+        lambda a, b: b.move(lambda t: t[:, :1]).act(torch.sigmoid) * a,
+        4,
+    ),
+    "matrix product": (
+        lambda a, b: a.reshape(-1, 2, 2) @ b.reshape(-1, 2, 2),
+        lambda a, b: _square(a) @ _square(b),
+        4,
+    ),
+    "similarities": (
+        lambda a, b: _similar(a.reshape(-1, 2, 2)) + b.reshape(-1, 2, 2),
+        lambda a, b: _similar(_square(a), lambda v: v.move(_turn)) + _square(b),
+        4,
+    ),
+    "outer product": (
+        lambda a, b: a[:, :, None] @ b[:, None, :],
+        lambda a, b: a.move(lambda t: t[:, :, None]) @ b.move(lambda t: t[:, None, :]),
+        16,
+    ),
+    "outer product by broadcasting": (
+        lambda a, b: a[:, :, None] * b[:, None, :],
+        lambda a, b: a.move(lambda t: t[:, :, None]) * b.move(lambda t: t[:, None, :]),
+        16,
+    ),
+    "einsum of two": (
+        lambda a, b: torch.einsum("bij,bkj->bki", a.reshape(-1, 2, 2), b.reshape(-1, 2, 2)),
+        lambda a, b: _square(b) @ _square(a).move(_turn),
+        4,
+    ),
+    "attention": (
+        lambda a, b: _attend(a.reshape(-1, 2, 2), b.reshape(-1, 2, 2)),
+        lambda a, b: _attend_twin(_square(a), _square(b)),
+        4,
+    ),
+    "attention of one token": (
+        lambda a, b: _attend(a[:, None], b[:, None]),
+        lambda a, b: _attend_twin(a.move(lambda t: t[:, None]), b.move(lambda t: t[:, None])),
+        4,
+    ),
+    "attention written out": (
+        lambda a, b: _similar(a.reshape(-1, 2, 2)).softmax(-1) @ b.reshape(-1, 2, 2),
+        lambda a, b: attend(
+            torch.matmul, make("gate", lambda t: _similar(t).softmax(-1), _square(a)), _square(b)
+        ),
         4,
     ),
     "gate of equal shape": (
@@ -438,7 +526,7 @@ JOINS: dict[str, tuple[Callable[..., Tensor], Callable[..., Value], int]] = {
     "stack": (lambda a, b: torch.stack([a, b], 1), lambda a, b: stack([a, b], 1), 8),
     "stack, then mean": (
         lambda a, b: torch.stack([a, b], 2).mean(2),
-        lambda a, b: stack([a, b], 2).linear(lambda t: t.mean(2)),
+        lambda a, b: stack([a, b], 2).pool(lambda t: t.mean(2)),
         4,
     ),
     "maximum": (
@@ -449,8 +537,8 @@ JOINS: dict[str, tuple[Callable[..., Tensor], Callable[..., Value], int]] = {
     "chunks": (
         lambda a, b: _gated(*a.chunk(2, 1)) + b[:, :2],
         lambda a, b: (
-            a.linear(lambda t: t[:, :2]) * a.linear(lambda t: t[:, 2:]).act(torch.tanh)
-            + b.linear(lambda t: t[:, :2])
+            a.move(lambda t: t[:, :2]) * a.move(lambda t: t[:, 2:]).act(torch.tanh)
+            + b.move(lambda t: t[:, :2])
         ),
         2,
     ),
@@ -467,13 +555,37 @@ JOINS: dict[str, tuple[Callable[..., Tensor], Callable[..., Value], int]] = {
     "slices that overlap": (
         lambda a, b: a[:, :3] + a[:, 1:] * 0.5 + b[:, 1:],
         lambda a, b: (
-            a.linear(lambda t: t[:, :3])
-            + a.linear(lambda t: t[:, 1:] * 0.5)
-            + b.linear(lambda t: t[:, 1:])
+            a.move(lambda t: t[:, :3])
+            + a.move(lambda t: t[:, 1:] * 0.5)
+            + b.move(lambda t: t[:, 1:])
         ),
         3,
     ),
 }
+
+
+def _turn(t: Tensor) -> Tensor:
+    return t.transpose(1, 2)
+
+
+def _square(v: Value) -> Value:
+    return v.move(lambda t: t.reshape(-1, 2, 2))
+
+
+def _similar(h: Any, turn: Callable[[Any], Any] = _turn) -> Any:
+    """``h h'``: of a value and of itself."""
+    return h @ turn(h)
+
+
+def _attend(a: Tensor, b: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(a, b, a + b)
+
+
+def _attend_twin(a: Value, b: Value) -> Value:
+    def weigh(q: Tensor, k: Tensor) -> Tensor:
+        return (q @ _turn(k) / q.shape[-1] ** 0.5).softmax(-1)
+
+    return attend(torch.matmul, make("gate", weigh, a, b), a + b)
 
 
 def _gated(a: Tensor, b: Tensor) -> Tensor:
@@ -489,11 +601,11 @@ def _relu_second(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _split_twin(v: Value) -> Value:
-    return cat([v.linear(lambda t: t[:, :3]), v.linear(lambda t: t[:, 3:]).act(torch.relu)], 1)
+    return cat([v.move(lambda t: t[:, :3]), v.move(lambda t: t[:, 3:]).act(torch.relu)], 1)
 
 
 def _unbind_twin(v: Value) -> Value:
-    return v.linear(lambda t: t[:, 0]) - v.linear(lambda t: t[:, 1]).act(torch.tanh)
+    return v.move(lambda t: t[:, 0]) - v.move(lambda t: t[:, 1]).act(torch.tanh)
 
 
 @pytest.mark.parametrize("name", JOINS)
@@ -502,9 +614,9 @@ def test_join(name: str) -> None:
 
     def make_twin(m: Graph) -> Callable[[Value], Value]:
         def twin(x: Value) -> Value:
-            h = x.linear(m.stem).act(torch.tanh)
-            joined = twin_join(h.linear(m.left), h.linear(m.right))
-            return joined.linear(lambda t: t.flatten(1)).linear(m.head)
+            h = x.dense(m.stem).act(torch.tanh)
+            joined = twin_join(h.dense(m.left), h.dense(m.right))
+            return joined.move(lambda t: t.flatten(1)).dense(m.head)
 
         return twin
 
@@ -523,8 +635,8 @@ class TwoInputs(nn.Module):
 def test_several_inputs() -> None:
     def make_twin(m: TwoInputs) -> Callable[[Value, Value], Value]:
         def twin(a: Value, b: Value) -> Value:
-            joined = a.linear(m.a) + b.linear(m.b).linear(lambda t: t.mean(-1))
-            return (joined.act(F.relu) + a.linear(lambda t: t[:, :4])).linear(m.head)
+            joined = a.dense(m.a) + b.spatial(m.b).pool(lambda t: t.mean(-1))
+            return (joined.act(F.relu) + a.move(lambda t: t[:, :4])).dense(m.head)
 
         return twin
 
@@ -547,9 +659,9 @@ class Reused(nn.Module):
 def test_module_used_several_times() -> None:
     def make_twin(m: Reused) -> Callable[[Value], Value]:
         def twin(x: Value) -> Value:
-            h = x.linear(m.layer).act(F.relu)
-            h = (h.linear(m.layer) + x).act(F.relu)
-            return h.linear(m.layer).linear(m.head)
+            h = x.dense(m.layer).act(F.relu)
+            h = (h.dense(m.layer) + x).act(F.relu)
+            return h.dense(m.layer).dense(m.head)
 
         return twin
 
@@ -574,11 +686,11 @@ class InPlace(nn.Module):
 def test_in_place_operations() -> None:
     def make_twin(m: InPlace) -> Callable[[Value], Value]:
         def twin(x: Value) -> Value:
-            h = x.linear(m.one)
-            early = h.linear(lambda t: 2.0 * t)
+            h = x.dense(m.one)
+            early = h.move(lambda t: 2.0 * t)
             h = h.act(torch.relu)
-            h = h + h.linear(m.two)
-            return (h + early).linear(m.head)
+            h = h + h.dense(m.two)
+            return (h + early).dense(m.head)
 
         return twin
 
@@ -602,10 +714,10 @@ class SqueezeExcite(nn.Module):
 def test_squeeze_and_excitation() -> None:
     def make_twin(m: SqueezeExcite) -> Callable[[Value], Value]:
         def twin(x: Value) -> Value:
-            h = x.linear(m.conv).linear(m.norm).act(F.silu)
-            gate = h.linear(lambda t: t.mean((2, 3), keepdim=True)).linear(m.down).act(F.silu)
-            gate = gate.linear(m.up).act(torch.sigmoid)
-            return (h * gate).linear(lambda t: t.mean((2, 3))).linear(m.head)
+            h = x.spatial(m.conv).move(m.norm).act(F.silu)
+            gate = h.pool(lambda t: t.mean((2, 3), keepdim=True)).spatial(m.down).act(F.silu)
+            gate = gate.spatial(m.up).act(torch.sigmoid)
+            return (h * gate).pool(lambda t: t.mean((2, 3))).dense(m.head)
 
         return twin
 
@@ -625,15 +737,15 @@ class DeadEnd(nn.Module):
         return self.two(h)
 
 
-def test_a_branch_that_ends_nowhere_is_no_boundary() -> None:
+def test_a_branch_that_ends_nowhere_does_not_end_the_final_section() -> None:
     def make_twin(m: DeadEnd) -> Callable[[Value], Value]:
-        return lambda x: x.linear(m.one).linear(m.two)
+        return lambda x: x.dense(m.one).dense(m.two)
 
     check(DeadEnd(), make_twin, torch.randn(BATCH, 4))
 
 
 class FanOut(nn.Module):
-    """The same h inside a chain of linear maps, but read twice: a boundary."""
+    """h is read twice, and the output is no linear map."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -644,11 +756,11 @@ class FanOut(nn.Module):
         return self.two(h) + self.three(h)
 
 
-def test_fan_out_ends_a_section() -> None:
+def test_fan_out_in_front_of_a_sum() -> None:
     def make_twin(m: FanOut) -> Callable[[Value], Value]:
         def twin(x: Value) -> Value:
-            h = x.linear(m.one)
-            return h.linear(m.two) + h.linear(m.three)
+            h = x.dense(m.one)
+            return h.dense(m.two) + h.dense(m.three)
 
         return twin
 
@@ -681,11 +793,11 @@ class Forked(nn.Module):
 def test_strides_that_skip_pixels_of_a_shared_value(reads_all: bool, size: tuple[int, int]) -> None:
     def make_twin(m: Forked) -> Callable[[Value], Value]:
         def twin(x: Value) -> Value:
-            h = x.linear(m.stem).act(torch.relu)
-            y = h.linear(lambda t: m.norm(m.short(t))) + h.linear(m.other).act(torch.tanh)
+            h = x.spatial(m.stem).act(torch.relu)
+            y = h.spatial(m.short).move(m.norm) + h.spatial(m.other).act(torch.tanh)
             if m.reads_all:
-                y = y + h.linear(m.main)
-            return y.act(torch.relu).linear(lambda t: m.head(t.mean((2, 3))))
+                y = y + h.spatial(m.main)
+            return y.act(torch.relu).pool(lambda t: t.mean((2, 3))).dense(m.head)
 
         return twin
 
@@ -713,8 +825,8 @@ def test_dense_connections() -> None:
         def twin(x: Value) -> Value:
             parts = [x]
             for norm, layer in zip(m.norms, m.layers, strict=True):
-                parts.append(cat(parts, 1).linear(norm).act(F.relu).linear(layer))
-            return cat(parts, 1).linear(lambda t: t.mean((-2, -1))).linear(m.head)
+                parts.append(cat(parts, 1).move(norm).act(F.relu).spatial(layer))
+            return cat(parts, 1).pool(lambda t: t.mean((-2, -1))).dense(m.head)
 
         return twin
 
@@ -741,8 +853,9 @@ def test_constants_computed_from_parameters() -> None:
     def make_twin(m: WithParameters) -> Callable[[Value], Value]:
         def twin(x: Value) -> Value:
             weight = m.weight / m.weight.norm(dim=1, keepdim=True)
-            h = x.linear(lambda t: F.linear((t - m.mean) / 0.3, weight) * torch.exp(m.scale))
-            return h.act(torch.relu).linear(m.head)
+            h = x.move(lambda t: (t - m.mean) / 0.3).dense(lambda t: F.linear(t, weight))
+            h = h.move(lambda t: t * torch.exp(m.scale))
+            return h.act(torch.relu).dense(m.head)
 
         return twin
 

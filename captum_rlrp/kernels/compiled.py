@@ -84,17 +84,16 @@ def linear_relevance(x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tens
 
 def conv_relevance(x: Tensor, weight: Tensor, r: Tensor, window: Window) -> tuple[Tensor, Tensor]:
     """See :func:`captum_rlrp.kernels.reference.conv_relevance`."""
-    absolute = x.abs()
     filters = convolution.Filters(weight, None, None, window.stride, window.padding)
-    is_direct = convolution.is_direct(absolute, weight, window) and r.dtype == torch.float32
+    is_direct = convolution.is_direct(x, weight, window) and r.dtype == torch.float32
     if is_direct:
-        s, seen = convolution.divide(r, absolute, filters)
+        s, seen = convolution.divide(r, x, filters)
         if not convolution.has_few_channels(weight):
-            return convolution.product(absolute, s, filters), seen
+            return convolution.product(x, s, filters), seen
     weight = weight.abs()
     if not is_direct:
-        s, seen = divide(r, _convolve(absolute, weight, window))
-    return multiply(absolute, conv(s, weight, x.shape, window)), seen
+        s, seen = divide(r, _convolve(x, weight, window))
+    return multiply(x, conv(s, weight, x.shape, window)), seen
 
 
 def split(a: Tensor, b: Tensor, r: Tensor, *, from_sum: bool = False) -> tuple[Tensor, Tensor]:

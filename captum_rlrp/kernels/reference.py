@@ -76,17 +76,17 @@ def linear_relevance(x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tens
 
 
 def conv_relevance(x: Tensor, weight: Tensor, r: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-    """The law of a convolution: ``|x| ⊙ (|W|ᵀ s)``, ``s = r / (|W| ∗ |x|)``; and the check.
+    """The law of a convolution: ``x ⊙ (|W|ᵀ s)``, ``s = r / (|W| ∗ x)``; and the check.
 
     Args:
-        x: Input, ``(N, C, *spatial)`` with 1 to 3 spatial axes.
+        x: Absolute values of the input, ``(N, C, *spatial)`` with 1 to 3 spatial axes.
         weight: Filters, as in :func:`torch.ops.aten.convolution`.
         r: Relevance at the output.
         window: How the filters go over the input.
     """
-    absolute, weight = x.abs(), weight.abs()
-    s, seen = divide(r, aten.convolution(absolute, weight, None, *window))
-    return absolute * conv(s, weight, x.shape, window), seen
+    weight = weight.abs()
+    s, seen = divide(r, aten.convolution(x, weight, None, *window))
+    return x * conv(s, weight, x.shape, window), seen
 
 
 def split(a: Tensor, b: Tensor, r: Tensor, *, from_sum: bool = False) -> tuple[Tensor, Tensor]:

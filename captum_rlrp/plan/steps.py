@@ -15,6 +15,7 @@ from ..errors import CaptureError, InputError, UnsupportedOperationError
 from ..graph.active import active_values, is_root, nodes_of, source_call
 from ..graph.capture import CapturedGraph, bind, place_of, reads_values
 from ..graph.layout import WHOLE, Layout, infer
+from ..graph.sign import is_nonnegative
 from ..rules import Call, LinearRule, Pass, Rule, Slot, find_rule, reshapes
 from ..rules.final import explain_output
 
@@ -125,6 +126,8 @@ def plan(graph: CapturedGraph, explained: Sequence[Node], taps: Collection[Node]
     for tap in taps:
         if tap in active and tap not in layouts:
             layouts[tap] = _layout_of(tap, graph, layouts)
+    for node in graph.nodes:  # operands first, so that no chain of them is followed at once
+        is_nonnegative(node)
     steps = _steps(graph, calls, taps)
     kept = frozenset(node for step in steps for node in step.needs)
     roots = tuple(n for n in graph.nodes if n in active and is_root(n, active))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..graph.sign import is_nonnegative
 from ..kernels.reference import Window, ints
 from .base import Call, Rule, Slot
 from .dense import MatrixProduct
@@ -52,7 +53,8 @@ class Convolution(LinearRule):
         if not self._of_image(call):
             return super().shares(run, call, x, r)
         weight = run.value(call.args["weight"]).to(r.dtype)
-        result, seen = run.kernels.conv_relevance(x, weight, r, _window(call))
+        absolute = x if is_nonnegative(self.operand(call)) else x.abs()
+        result, seen = run.kernels.conv_relevance(absolute, weight, r, _window(call))
         run.check(seen)
         return result
 

@@ -1,6 +1,6 @@
 // What the element-by-element kernels compute for one element; the same on the CPU and on the GPU.
 //
-// Each is a function from kFrom elements to kTo, and returns a number that has to be finite and moderate for the
+// Each is a function from kFrom elements to kTo (two to one, or three to two), and returns a number that has to be finite and moderate for the
 // result to be trusted (0 where nothing can go wrong).
 #pragma once
 
@@ -17,11 +17,11 @@ template <class T>
 struct Divide {
   static constexpr int kFrom = 2, kTo = 1;
 
-  RLRP_HD static wide_t<T> run(const T* from, T* to) {
+  RLRP_HD static wide_t<T> run(T relevance, T divisor, T& s) {
     using A = wide_t<T>;
-    const A r = widen(from[0]), d = widen(from[1]);
-    to[0] = narrow<T>(d == A(0) ? A(0) : r / d);
-    return widen(to[0]) + (d - d);  // an infinite divisor, which leaves no trace in s, becomes a NaN
+    const A r = widen(relevance), d = widen(divisor);
+    s = narrow<T>(d == A(0) ? A(0) : r / d);
+    return widen(s) + (d - d);  // an infinite divisor, which leaves no trace in s, becomes a NaN
   }
 };
 
@@ -30,9 +30,9 @@ template <class T, bool kAbsolute>
 struct Multiply {
   static constexpr int kFrom = 2, kTo = 1;
 
-  RLRP_HD static wide_t<T> run(const T* from, T* to) {
-    const wide_t<T> x = widen(from[0]);
-    to[0] = narrow<T>((kAbsolute ? absolute(x) : x) * widen(from[1]));
+  RLRP_HD static wide_t<T> run(T given, T g, T& q) {
+    const wide_t<T> x = widen(given);
+    q = narrow<T>((kAbsolute ? absolute(x) : x) * widen(g));
     return 0;
   }
 };
@@ -42,12 +42,12 @@ template <class T, bool kFromSum>
 struct Split {
   static constexpr int kFrom = 3, kTo = 2;
 
-  RLRP_HD static wide_t<T> run(const T* from, T* to) {
+  RLRP_HD static wide_t<T> run(T first, T second, T relevance, T& r_a, T& r_b) {
     using A = wide_t<T>;
-    const A given = widen(from[0]), b = widen(from[1]), r = widen(from[2]);
+    const A given = widen(first), b = widen(second), r = widen(relevance);
     const Shares<A> share = shares<A>(kFromSum ? given - b : given, b);
-    to[0] = narrow<T>(r * share.a);
-    to[1] = narrow<T>(r * share.b);
+    r_a = narrow<T>(r * share.a);
+    r_b = narrow<T>(r * share.b);
     return 0;
   }
 };

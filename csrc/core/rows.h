@@ -11,13 +11,25 @@ namespace rlrp {
 template <class T, class Function, bool kUnit>
 RLRP_HD bits_t<wide_t<T>> map_row(int64_t count, T* const (&to)[Function::kTo], const T* const (&from)[Function::kFrom],
                                   const int64_t* step) {
+  // Local arrays would keep the compiler from vectorising.
+  constexpr bool kThree = Function::kFrom == 3;
+  T *const p = to[0], *const q = to[Function::kTo - 1];
+  const T *const a = from[0], *const b = from[1], *const c = from[Function::kFrom - 1];
+  const int64_t p_step = kUnit ? 1 : step[0], q_step = kUnit ? 1 : step[Function::kTo - 1];
+  const int64_t a_step = kUnit ? 1 : step[Function::kTo], b_step = kUnit ? 1 : step[Function::kTo + 1];
+  const int64_t c_step = kUnit ? 1 : step[Function::kTo + Function::kFrom - 1];
   bits_t<wide_t<T>> seen = 0;
 #pragma omp simd reduction(max : seen)
   for (int64_t i = 0; i < count; ++i) {
-    T given[Function::kFrom], made[Function::kTo];
-    for (int k = 0; k < Function::kFrom; ++k) given[k] = from[k][kUnit ? i : i * step[Function::kTo + k]];
-    const bits_t<wide_t<T>> bits = magnitude(Function::run(given, made));
-    for (int k = 0; k < Function::kTo; ++k) to[k][kUnit ? i : i * step[k]] = made[k];
+    T first, second;
+    bits_t<wide_t<T>> bits;
+    if constexpr (kThree) {
+      bits = magnitude(Function::run(a[i * a_step], b[i * b_step], c[i * c_step], first, second));
+      q[i * q_step] = second;
+    } else {
+      bits = magnitude(Function::run(a[i * a_step], b[i * b_step], first));
+    }
+    p[i * p_step] = first;
     seen = bits > seen ? bits : seen;
   }
   return seen;

@@ -121,10 +121,14 @@ struct Map {
     for (int k = 0; k < kFrom; ++k) sources[k] = load<V>(from[k], where, kTo + k);
     bits_t<wide_t<T>> seen = 0;
     for (int i = 0; i < V; ++i) {
-      T given[kFrom], made[kTo];
-      for (int k = 0; k < kFrom; ++k) given[k] = sources[k].at[i];
-      const bits_t<wide_t<T>> bits = magnitude(Function::run(given, made));
-      for (int k = 0; k < kTo; ++k) results[k].at[i] = made[k];
+      wide_t<T> watched;
+      if constexpr (kFrom == 3) {
+        watched = Function::run(sources[0].at[i], sources[1].at[i], sources[2].at[i], results[0].at[i],
+                                results[1].at[i]);
+      } else {
+        watched = Function::run(sources[0].at[i], sources[1].at[i], results[0].at[i]);
+      }
+      const bits_t<wide_t<T>> bits = magnitude(watched);
       seen = bits > seen ? bits : seen;
     }
     for (int k = 0; k < kTo; ++k) store(to[k], where, k, results[k]);

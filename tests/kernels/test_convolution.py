@@ -343,6 +343,6 @@ def test_the_law_of_a_covered_convolution_is_its_own(monkeypatch):
     monkeypatch.setattr(convolution, "_IS_FAST", True)
     monkeypatch.setattr(convolution, "divide", lambda r, x, f: (r, r.sum()))
     monkeypatch.setattr(convolution, "product", lambda x, s, f: made)
-    x, weight, r = torch.randn(2, 32, 8, 8), torch.randn(64, 32, 3, 3), torch.randn(2, 64, 8, 8)
+    x, weight, r = torch.rand(2, 32, 8, 8), torch.randn(64, 32, 3, 3), torch.randn(2, 64, 8, 8)
     window = Window([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
     assert compiled.conv_relevance(x, weight, r, window)[0] is made

@@ -1,0 +1,63 @@
+"""The processes of a run: torch.distributed's where torchrun started them, else one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from torch import distributed as dist
+
+T = TypeVar("T")
+# Ranks meet at the start and at the end only; the fastest waits for the slowest in between.
+_PATIENCE = timedelta(days=2)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's number among how many."""
+
+    rank: int = 0
+    world: int = 1
+
+    def from_first(self, value: T) -> T:
+        """The value that rank 0 holds."""
+        if self.world == 1:
+            return value
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in order; also a barrier."""
+        if self.world == 1:
+            return [value]
+        boxes: list[Any] = [None] * self.world
+        dist.all_gather_object(boxes, value)
+        return boxes
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """Join the process group that is there, or that torchrun describes, or none.
+
+    What ranks tell each other is a few bytes, so the group made here is gloo's, on GPUs too.
+    """
+    if dist.is_available() and dist.is_initialized():
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+    elif dist.is_available() and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+        try:
+            yield Ranks(dist.get_rank(), dist.get_world_size())
+        finally:
+            dist.destroy_process_group()
+    else:
+        yield Ranks()
+
+
+def local_rank() -> int:
+    """Which of its machine's processes this is: the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
