@@ -200,6 +200,7 @@ def _floor_layer(module: nn.Module, x: Tensor, r: Tensor) -> Callable[[], None]:
 
         def linear() -> None:
             torch.nn.functional.linear(x, weight, bias)
+            torch.nn.functional.linear(x, weight)  # the law's divisor
             torch.matmul(r, weight)
 
         return linear
@@ -214,6 +215,7 @@ def _floor_layer(module: nn.Module, x: Tensor, r: Tensor) -> Callable[[], None]:
 
     def convolution() -> None:
         torch.convolution(x, weight, bias, *geometry)
+        torch.convolution(x, weight, None, *geometry)  # the law's divisor
         aten.convolution_backward(r, x, weight, None, *geometry, [True, False, False])
 
     return convolution

@@ -116,25 +116,17 @@ def compare(benchmark, title, aten, compiled):
         benchmark.extra_info.update(aten_s=median(others), ratio=median(ratios))
 
 
-def plain_product(x, g):
-    q = x * g
-    return q, q.abs().sum((1, 2, 3), dtype=torch.float32)
+def plain_divide(r, d):
+    s = torch.where(d == 0, 0.0, r / d)
+    return s, s.abs().amax()
 
 
-def plain_accumulate(t, f, u, h):
-    shape = (-1, 1, 1, 1)
-    r = (t * f.view(shape) + u * h.view(shape)).to(t.dtype)
-    return r, r.abs().sum((1, 2, 3), dtype=torch.float32)
-
-
-def plain_split(a, b, t, f):
+def plain_split(a, b, r):
     size_a, size_b = a.abs(), b.abs()
     total = size_a + size_b
     share = torch.where(total == 0, 0.5, size_a / total)
-    r = (t * f.view(-1, 1, 1, 1)).to(t.dtype)
     r_a = r * share
-    r_b = r - r_a
-    return r_a, r_a.abs().sum((1, 2, 3)), r_b, r_b.abs().sum((1, 2, 3))
+    return r_a, r - r_a
 
 
 def plain_max_pool(x, r, kernel, stride, padding):
@@ -148,17 +140,14 @@ def plain_max_pool(x, r, kernel, stride, padding):
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
-@pytest.mark.parametrize("kernel", ["product", "accumulate", "split"])
+@pytest.mark.parametrize("kernel", ["divide", "multiply", "split"])
 def test_elementwise(benchmark, kernel, name, dtype, layout):
-    x, g, t = (make(ELEMENTWISE[name], dtype, layout) for _ in range(3))
-    f = torch.rand(len(x), device=DEVICE)
+    x, g, r = (make(ELEMENTWISE[name], dtype, layout) for _ in range(3))
+    d = g.abs()
     sides = {
-        "product": (lambda: plain_product(x, g), lambda: compiled.product(x, g)),
-        "accumulate": (
-            lambda: plain_accumulate(x, f, g, f),
-            lambda: compiled.accumulate([(x, f), (g, f)]),
-        ),
-        "split": (lambda: plain_split(x, g, t, f), lambda: compiled.split(x, g, [(t, f)])),
+        "divide": (lambda: plain_divide(r, d), lambda: compiled.divide(r, d)),
+        "multiply": (lambda: x.abs() * g, lambda: compiled.multiply(x, g, absolute=True)),
+        "split": (lambda: plain_split(x, g, r), lambda: compiled.split(x, g, r)),
     }[kernel]
     compare(benchmark, f"{kernel} {name} {dtype} {layout}", *sides)
 
@@ -235,12 +224,13 @@ def test_dense_gradient(benchmark, name):
     )
 
 
-def compare_conv(benchmark, title, g, weight, shape, *window):
+def compare_conv(benchmark, title, g, weight, shape, stride=1, padding=0):
+    window = reference.Window([stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1)
     compare(
         benchmark,
         title,
-        lambda: reference.conv(g, weight, shape, *window),
-        lambda: compiled.conv(g, weight, shape, *window),
+        lambda: reference.conv(g, weight, shape, window),
+        lambda: compiled.conv(g, weight, shape, window),
     )
 
 
@@ -287,7 +277,7 @@ def test_first_layer_forward(benchmark, name):
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a kernel for the CPU")
 @pytest.mark.parametrize("layer", CONVOLUTIONS, ids=str)
-@pytest.mark.parametrize("direction", ["forward", "product"])
+@pytest.mark.parametrize("direction", ["forward", "law"])
 def test_convolution(benchmark, direction, layer):
     """Filters as each side likes them best: laid out as the image, and as modules have them."""
     name, batch, channels, out, size, taps, stride = layer
@@ -295,12 +285,13 @@ def test_convolution(benchmark, direction, layer):
     x = make((batch, channels, *size), torch.float32, torch.channels_last)
     weight = make((out, channels, *taps), torch.float32, torch.channels_last)
     filters, forwards = both_forward(x, weight, strides, padding)
-    g = torch.randn_like(convolution.forward(x, filters)[0])
+    window = reference.Window(strides, padding, [1, 1], False, [0, 0], 1)
+    x, r = x.abs(), torch.randn_like(convolution.forward(x, filters)[0])
     sides = {
         "forward": forwards,
-        "product": (
-            lambda: plain_product(x, reference.conv(g, weight, x.shape, strides, padding)),
-            lambda: convolution.product(x, g, filters, None, inplace=True),
+        "law": (
+            lambda: reference.conv_relevance(x, weight, r, window),
+            lambda: compiled.conv_relevance(x, weight, r, window),
         ),
     }[direction]
     kind = "×".join(map(str, taps)) + (f" stride {stride}" if stride > 1 else "")

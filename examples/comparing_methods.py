@@ -10,10 +10,11 @@ for handwritten digits, by three measures, each lower where better:
 * infidelity: how far the attributions are from predicting what noise does to the output;
 * sensitivity: how much the explanation changes (relatively) under a change too small to see.
 
-What a reader should see: all of them find what matters, far ahead of chance. Relative LRP is the
-steadiest; the others, which follow the gradient, predict this network's output more closely. (By
-its default rule Captum's LRP is input×gradient in any network of ReLUs.) No measure settles which
-explanation is right, and on another network the order may be another.
+What a reader should see: all find what matters, far ahead of chance. On so shallow a network
+the methods that follow the gradient are ahead, in flipping and in infidelity: its signs
+are still right. On deep networks they are far behind (``docs/evaluation.md``). Relative LRP is
+steadier than the gradient. (By its default rule Captum's LRP is input×gradient in any network of
+ReLUs.) No measure settles which explanation is right.
 """
 
 from __future__ import annotations

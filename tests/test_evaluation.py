@@ -209,7 +209,7 @@ def test_planted_feature_is_found():
     assert measures.mass_accuracy(places, flat).tolist() == [1.0] * 5
     assert measures.rank_accuracy(places, flat).tolist() == [1.0] * 5
     assert measures.pointing(places, flat).tolist() == [1.0] * 5
-    # The pool shares by brightness; the convolutions of 1×1 leave relevance where it is.
+    # The pool shares by brightness; the convolutions see one pixel each and pass it on.
     shares = x[0, 0, :, 0]
     assert torch.allclose(maps[0, 0, :, 0], shares / shares.sum())
 
