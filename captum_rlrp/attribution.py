@@ -10,15 +10,11 @@ import functools
 import sys
 import typing
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from captum._utils.common import (
-    _format_additional_forward_args,
-    _format_output,
-    _format_tensor_into_tuples,
-    _select_targets,
-)
+from captum._utils.common import _format_additional_forward_args, _format_output
 from captum._utils.typing import TargetType, TensorOrTupleOfTensorsGeneric
 from captum.attr import Attribution, LayerAttribution
 from captum.log import log_usage
@@ -27,11 +23,14 @@ from torch.fx import Node
 
 from .errors import InputError
 from .graph.capture import CapturedGraph, check_eval_mode, unwrap
-from .graph.layers import layer_calls, leaf_calls, module_names
+from .graph.form import Form, Output
+from .graph.layers import layer_calls, leaf_calls, module_names, tied_names
+from .inputs import batch_of, check_inputs, named_inputs
 from .kernels import get_backend, is_reference_forced
 from .plan.steps import Final
 from .run.engine import Captured, Engine
 from .run.recording import Recordings
+from .targets import any_target, at_hand, region, several, start_at
 
 Backend = Literal["auto", "compiled", "reference"]
 ModuleOrModules = nn.Module | Sequence[nn.Module] | None
@@ -46,6 +45,8 @@ class _Explainer:
         backend: Backend,
         layers: Sequence[str] | None = (),
         cuda_graphs: bool = False,
+        output: Output = None,
+        allow_random: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise InputError(
@@ -58,11 +59,42 @@ class _Explainer:
         # Where the reference is asked for, the graph runs as captured: the plainest definition.
         fuses = not is_reference_forced(backend)
         recordings = Recordings() if cuda_graphs else None
-        self._engine = Engine(unwrap(model), kernels, fuses, layers, recordings=recordings)
+        self._engine = Engine(
+            unwrap(model),
+            kernels,
+            fuses,
+            layers,
+            recordings=recordings,
+            form=Form(output),
+            allow_random=allow_random,
+        )
 
     def has_convergence_delta(self) -> bool:
         """True: the delta is the largest violation of the local law (see ``attribute``)."""
         return True
+
+    def compute_convergence_delta(
+        self, attributions: Tensor | tuple[Tensor, ...], output: Tensor | None = None
+    ) -> Tensor:
+        """How far the relevance is from summing up, as Captum's ``LRP`` defines it.
+
+        Args:
+            attributions (Tensor or tuple[Tensor, ...]): What ``attribute`` returned.
+            output (Tensor, optional): What the relevance of each example is to sum up to. It is
+                    a share of one unit here, not of the score, so the default is 1 for each.
+
+        Returns:
+            *Tensor* of shape (batch,): `output` less the sum of each example's relevance. Signed
+            shares do not sum to 1; ``return_convergence_delta=True`` measures the law that holds.
+        """
+        parts = attributions if isinstance(attributions, tuple) else (attributions,)
+        total = sum(part.flatten(1).sum(1) for part in parts)
+        assert isinstance(total, Tensor)
+        return (torch.ones_like(total) if output is None else output.flatten()) - total
+
+    def attribute_future(self) -> None:
+        """Not available, as for Captum's own LRP."""
+        raise NotImplementedError(f"attribute_future is not available for {type(self).__name__}.")
 
     @property
     def multiplies_by_inputs(self) -> bool:
@@ -100,6 +132,12 @@ class RelativeLRP(_Explainer, Attribution):
                 kernels one by one; for small batches. Changes of the weights are seen. The
                 memory of the last four signatures is kept, that of one explanation each. An
                 experiment: it has not run on a GPU yet (``docs/gpu-status.md``).
+        output (str, int or callable, optional): Which of the model's outputs to explain: a
+                name (``"logits"``), an index, or a function of what the model returns. Not
+                needed where it returns one tensor, or Hugging Face's output with logits.
+                Default: None
+        allow_random (bool): Take random numbers that forward draws for constants, other ones
+                at each call, where otherwise there is an error.
 
     Raises:
 
@@ -117,10 +155,17 @@ class RelativeLRP(_Explainer, Attribution):
     """
 
     def __init__(
-        self, model: nn.Module, backend: Backend = "auto", cuda_graphs: bool = False
+        self,
+        model: nn.Module,
+        backend: Backend = "auto",
+        cuda_graphs: bool = False,
+        output: Output = None,
+        allow_random: bool = False,
     ) -> None:
         Attribution.__init__(self, model)
-        self._prepare(model, backend, cuda_graphs=cuda_graphs)
+        self._prepare(
+            model, backend, cuda_graphs=cuda_graphs, output=output, allow_random=allow_random
+        )
 
     @typing.overload
     def attribute(
@@ -158,9 +203,11 @@ class RelativeLRP(_Explainer, Attribution):
         r"""
         Args:
 
-            inputs (Tensor or tuple[Tensor, ...]): Floating-point inputs to explain;
-                    dimension 0 is the batch, aligned over all of them. A batch of 0 gives an
-                    empty result.
+            inputs (Tensor, tuple[Tensor, ...] or dict[str, Tensor]): Inputs to explain;
+                    dimension 0 is the batch, aligned over all of them. Integers (tokens,
+                    categories) are explained where the model embeds them, one number for each.
+                    A dict goes to forward by name, or as one dict where forward has no such
+                    parameters. A batch of 0 gives an empty result.
 
             target (int, tuple, Tensor, or list, optional): The output to explain, in
                     any of Captum's forms:
@@ -169,7 +216,13 @@ class RelativeLRP(_Explainer, Attribution):
                       examples), or a list of integers or 1D tensor (one for each example);
                     - for outputs with more dimensions a tuple of #output_dims - 1
                       integers, or a list of such tuples, one for each example;
-                    - None if the model returns one scalar per example.
+                    - None if the model returns one scalar per example;
+                    - several in one forward: a range (for all examples), or a list of lists of
+                      integers (one list for each example). The results then have a dimension
+                      of targets behind the batch;
+                    - a region: a pair of a class and a mask over the positions (for all
+                      examples or one for each), which explains the sum of the class's scores
+                      there.
 
                     Default: None
 
@@ -193,12 +246,13 @@ class RelativeLRP(_Explainer, Attribution):
 
         Returns:
 
-            *Tensor* or *tuple[Tensor, ...]* of **attributions**, and **delta** if asked for:
+            *Tensor*, *tuple* or *dict* of **attributions**, as `inputs` is, and **delta** if
+            asked for:
 
             - **attributions**: Relevance of each input element, of the inputs' shape,
               dtype and device, contiguous and detached. Its unit is a share of the one unit
               put on the target: the absolute values of an example sum to 1 in a
-              network without merges, and at most to 1 otherwise. A tuple if `inputs` is one.
+              network without merges, and at most to 1 otherwise. Of integers it is float32.
             - **delta** (*Tensor*): Shape (batch,). The largest relative violation, over
               the sections, of the local law
               :math:`|\sum_i q_i - \sum_j (y_j - b_j) r_j| / \|q\|_1`: rounding error only,
@@ -212,35 +266,51 @@ class RelativeLRP(_Explainer, Attribution):
             InputError: Inputs or target do not fit the model.
             NonFiniteError: An input, or a value the model computes, is not finite.
         """
-        is_tuple = isinstance(inputs, tuple)
-        tensors = _check_inputs(inputs)
-        _check_floating(tensors, self.model)
+        keys = tuple(inputs) if isinstance(inputs, dict) else None
+        given, form = named_inputs(inputs, self._engine.model, self._engine.form)
+        tensors = check_inputs(given)
         additional = _format_additional_forward_args(additional_forward_args) or ()
         batch = len(tensors[0])
-        if internal_batch_size is not None and internal_batch_size < 1:
-            raise InputError(f"internal_batch_size must be at least 1, not {internal_batch_size}.")
+        if internal_batch_size is not None and not (
+            isinstance(internal_batch_size, int) and internal_batch_size >= 1
+        ):
+            raise InputError(
+                f"internal_batch_size must be an integer of at least 1, not {internal_batch_size}."
+            )
+        under = region(target)
+        if under is not None:
+            target, mask = None, under[1]
+            form, additional = replace(form, region=under[0]), (*additional, mask)
+        targets = several(target, batch)
         if batch == 0:
             check_eval_mode(self._engine.model)
-            parts = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in tensors]
+            parts = [torch.zeros(x.shape, dtype=_dtype_of(x), device=x.device) for x in tensors]
             delta = torch.zeros(0, dtype=_delta_dtype(tensors[0]), device=tensors[0].device)
         else:
+            starts = [
+                functools.partial(start_at, at_hand(one), batch, self.model)
+                for one in (targets or [target])
+            ]
             explanation = self._engine.explain(
                 tensors,
                 additional,
-                functools.partial(_start, _at_hand(target), batch, self.model),
+                starts[0] if targets is None else starts,
                 measure_delta=return_convergence_delta,
                 internal_batch_size=internal_batch_size,
+                form=form,
             )
             parts = [
-                _finish(part, x.dtype)
+                _finish(part, _dtype_of(x))
                 for part, x in zip(explanation.relevance, tensors, strict=True)
             ]
             if explanation.delta is not None:
                 delta = explanation.delta.to(_delta_dtype(tensors[0]))
             if verbose:
-                captured = self._engine.captured((*tensors, *additional), len(tensors), batch)
-                _report(captured)
-        attributions = _format_output(is_tuple, tuple(parts))
+                args = (*tensors, *additional)
+                _report(self._engine.captured(args, len(tensors), batch, form=form))
+        attributions: Any = _format_output(isinstance(given, tuple), tuple(parts))
+        if keys is not None:
+            attributions = dict(zip(keys, parts, strict=True))
         return (attributions, delta) if return_convergence_delta else attributions
 
 
@@ -275,21 +345,38 @@ class LayerRelativeLRP(_Explainer, LayerAttribution):
     """
 
     def __init__(
-        self, model: nn.Module, layer: ModuleOrModules = None, backend: Backend = "auto"
+        self,
+        model: nn.Module,
+        layer: ModuleOrModules = None,
+        backend: Backend = "auto",
+        output: Output = None,
+        allow_random: bool = False,
     ) -> None:
-        self._prepare(model, backend, None)
+        self._prepare(model, backend, None, output=output, allow_random=allow_random)
         LayerAttribution.__init__(self, model, layer)
-        self._many = layer is None or isinstance(layer, (list, tuple, nn.ModuleList))
-        self._names: list[list[str]] | None = None
+
+    @property
+    def layer(self) -> ModuleOrModules:
+        """The layers asked for; others may be assigned."""
+        return self._layer
+
+    @layer.setter
+    def layer(self, layer: ModuleOrModules) -> None:
+        many = layer is None or isinstance(layer, (list, tuple, nn.ModuleList))
+        names: list[list[str]] | None = None
+        self._tied: list[list[str]] = []
         if layer is not None:
-            modules: Sequence[nn.Module] = list(layer) if self._many else [layer]  # type: ignore[arg-type,list-item]
-            self._names = [module_names(self._engine.model, unwrap(m)) for m in modules]
-            self._engine.layers = [names[0] for names in self._names]
+            modules: Sequence[nn.Module] = list(layer) if many else [layer]  # type: ignore[arg-type,list-item]
+            model = self._engine.model
+            names = [module_names(model, unwrap(m)) for m in modules]
+            self._tied = [tied_names(model, unwrap(m)) for m in modules]
+        self._layer, self._many, self._names = layer, many, names
+        self._engine.layers = None if names is None else [some[0] for some in names]
 
     @log_usage(part_of_slo=True)
     def attribute(
         self,
-        inputs: Tensor | tuple[Tensor, ...],
+        inputs: Tensor | tuple[Tensor, ...] | dict[str, Tensor],
         target: TargetType = None,
         additional_forward_args: object | None = None,
         return_convergence_delta: bool = False,
@@ -322,9 +409,11 @@ class LayerRelativeLRP(_Explainer, LayerAttribution):
             InputError: If a layer is not called by the model, besides what
                 :meth:`RelativeLRP.attribute` raises.
         """
-        tensors = _check_inputs(inputs)
+        given, form = named_inputs(inputs, self._engine.model, self._engine.form)
+        tensors = check_inputs(given)
         additional = _format_additional_forward_args(additional_forward_args) or ()
-        batch = len(tensors[0])
+        batch = batch_of(tensors, additional, self._engine.model)
+        targets = several(target, batch)
         key = (attribute_to_layer_input, None if self._names is None else str(self._names))
 
         def wanted(graph: CapturedGraph, explained: Sequence[Node]) -> list[Node]:
@@ -333,18 +422,24 @@ class LayerRelativeLRP(_Explainer, LayerAttribution):
 
         # The empty batch runs as one sample, of which nothing is kept.
         run_on = tensors if batch else tuple(x.new_zeros((1, *x.shape[1:])) for x in tensors)
+        rows = batch or 1
         captured = self._engine.captured(
-            (*run_on, *additional), len(tensors), len(run_on[0]), wanted, key
+            (*run_on, *additional), len(tensors), rows, wanted, key, form
         )
         groups = self._groups(captured.program.graph, captured.explained, attribute_to_layer_input)
-        target = _at_hand(target) if batch else _any_target
+        starts = [
+            functools.partial(start_at, at_hand(one) if batch else any_target, rows, self.model)
+            for one in (targets or [target])
+        ]
         explanation = self._engine.explain(
             run_on,
             additional,
-            functools.partial(_start, target, len(run_on[0]), self.model),
+            starts[0] if targets is None else starts,
             wanted,
             key,
             measure_delta=return_convergence_delta,
+            form=form,
+            batch=rows,
         )
         by_node = dict(zip(captured.wanted, explanation.relevance, strict=True))
         results: list[Any] = []
@@ -374,9 +469,12 @@ class LayerRelativeLRP(_Explainer, LayerAttribution):
             Names as in ``model.named_modules()``: the entries of the list that :meth:`attribute`
             returns for ``layer=None``.
         """
-        tensors = _check_inputs(inputs)
+        given, form = named_inputs(inputs, self._engine.model, self._engine.form)
+        tensors = check_inputs(given)
         additional = _format_additional_forward_args(additional_forward_args) or ()
-        captured = self._engine.captured((*tensors, *additional), len(tensors), len(tensors[0]))
+        batch = batch_of(tensors, additional, self._engine.model)
+        args = (*tensors, *additional)
+        captured = self._engine.captured(args, len(tensors), batch, form=form)
         return [name for name, _ in self._leaves(captured.program.graph, captured.explained)]
 
     def _leaves(
@@ -393,168 +491,20 @@ class LayerRelativeLRP(_Explainer, LayerAttribution):
             names = [[name] for name, _ in self._leaves(graph, explained)]
         else:
             names = self._names
-        return [layer_calls(graph, explained, group, of_inputs) for group in names]
-
-
-# ---- formats ----------------------------------------------------------------------------------
-
-
-def _check_inputs(inputs: Any) -> tuple[Tensor, ...]:
-    tensors: tuple[Tensor, ...] = (
-        _format_tensor_into_tuples(inputs) if isinstance(inputs, (Tensor, tuple)) else ()
-    )
-    if not tensors or not all(isinstance(x, Tensor) for x in tensors):
-        raise InputError(
-            f"inputs must be a tensor or a tuple of tensors, not {type(inputs).__name__}. Other "
-            "arguments go to additional_forward_args."
-        )
-    if any(x.dim() == 0 for x in tensors):
-        raise InputError("inputs must have a batch dimension (dimension 0); got a scalar tensor.")
-    if len({len(x) for x in tensors}) > 1:
-        sizes = ", ".join(str(tuple(x.shape)) for x in tensors)
-        raise InputError(f"inputs must have the same batch size in dimension 0; got {sizes}.")
-    return tensors
-
-
-def _check_floating(tensors: Sequence[Tensor], model: nn.Module) -> None:
-    for i, x in enumerate(tensors):
-        if not x.is_floating_point():
-            embeddings = [
-                name
-                for name, module in model.named_modules()
-                if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-            ]
-            layer = f"model.get_submodule('{embeddings[0]}')" if embeddings else "model.embedding"
-            raise InputError(
-                f"Input {i} has dtype {x.dtype}: an integer has no relevance of its own. Explain "
-                f"the layer that embeds it, LayerRelativeLRP(model, {layer}), or convert "
-                "the input by .float()."
-            )
-
-
-def _at_hand(target: Any) -> Any:
-    """The target where Python can read it: on a GPU that waits, later for the whole forward."""
-    return target.cpu() if isinstance(target, Tensor) else target
-
-
-def _start(
-    target: Any, whole: int, model: nn.Module, output: Tensor, rows: slice
-) -> tuple[Tensor, Tensor | None]:
-    """One unit of relevance at the target of each sample (method.md §1).
-
-    Args:
-        target: The user's target, for all `whole` samples, or a function that finds one.
-        whole: Number of samples the user passed.
-        model: Named in errors.
-        output: The model's output for some rows of them.
-        rows: Which.
-    """
-    name, batch = type(model).__name__, rows.stop - rows.start
-    if not output.is_floating_point():
-        raise InputError(
-            f"{name} returns {output.dtype}; an explanation needs floating-point scores."
-        )
-    dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
-    start = torch.zeros(output.shape, dtype=dtype, device=output.device)
-    shape = tuple(output.shape)
-    if not shape and batch == 1 and target is None:
-        return start + 1, None
-    if not shape or shape[0] != batch:
-        raise InputError(
-            f"{name} returns shape {shape} for a batch of {batch}; an explanation needs one row of "
-            "scores per sample."
-        )
-    if target is None:
-        if output.numel() != batch:
-            raise InputError(
-                f"target is missing: {name} returns shape {shape}, more than one score per sample. "
-                f"Pass target, {_target_hint(shape)}."
-            )
-        chosen = torch.arange(batch, device=output.device)
-    else:
-        if callable(target):
-            target = target(output)
-        chosen = _choose(output, target, whole, rows, name)
-    if chosen.numel() != batch:
-        raise InputError(
-            f"target {_short(target)} selects {chosen.numel() // batch} scores per sample of the "
-            f"output of shape {shape}; an explanation needs one: {_target_hint(shape)}."
-        )
-    chosen = chosen.reshape(-1)
-    start.view(-1).index_fill_(0, chosen, 1)
-    if len(shape) != 2:
-        return start, None
-    return start, chosen if batch == 1 else chosen % shape[1]
-
-
-def _choose(output: Tensor, target: Any, whole: int, rows: slice, name: str) -> Tensor:
-    """The positions of the target's scores, counted over the whole output."""
-    shape = tuple(output.shape)
-
-    def wrong(reason: str) -> InputError:
-        what = f"target {_short(target)} does not fit {name}'s output of shape {shape}"
-        return InputError(f"{what}: {reason}.")
-
-    given = target
-    if isinstance(given, Tensor):
-        if given.is_floating_point():
-            raise wrong(f"it must hold integers, not {given.dtype}")
-        if given.numel() > 1 and given.dim() == 2 and 1 in given.shape:
-            given = given.reshape(-1)
-    if isinstance(given, list) or (isinstance(given, Tensor) and given.numel() > 1):
-        if len(given) != whole:
-            raise wrong(f"it has {len(given)} entries for a batch of {whole}")
-        given = given[rows]
-    numbers = _numbers(given)
-    if len(shape) == 2:
-        if any(not -shape[1] <= n < shape[1] for n in numbers):
-            raise wrong(f"indices go from 0 to {shape[1] - 1}")
-        flat = not isinstance(given, tuple) and not (
-            isinstance(given, list) and any(isinstance(n, (tuple, list)) for n in given)
-        )
-        if flat and len(numbers) in (1, shape[0]):  # the usual case, in one call
-            many = numbers * shape[0] if len(numbers) == 1 else numbers
-            chosen = [i * shape[1] + n % shape[1] for i, n in enumerate(many)]
-            # Without waiting for a GPU, which still runs the forward.
-            return torch.tensor(chosen, dtype=torch.int64).to(output.device, non_blocking=True)
-    positions = torch.arange(output.numel(), device=output.device).view(shape)
-    if isinstance(given, Tensor):
-        given = given.to(positions.device)
-        # A negative index counts from the end, as in a list.
-        given = given % shape[1] if given.numel() > 1 or len(shape) == 2 else given
-    try:
-        return _select_targets(positions, given)
-    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise wrong(f"{error}. It must be {_target_hint(shape)}") from error
-
-
-def _numbers(target: Any) -> list[int]:
-    if isinstance(target, Tensor):
-        return [int(n) for n in target.reshape(-1).tolist()]
-    if isinstance(target, (list, tuple)):
-        return [n for item in target for n in _numbers(item)]
-    return [int(target)] if isinstance(target, int) else []
-
-
-def _target_hint(shape: tuple[int, ...]) -> str:
-    if len(shape) <= 2:
-        return "an integer below " + str(shape[-1]) + " or one for each sample"
-    sizes = " x ".join(str(size) for size in shape[1:])
-    return f"a tuple of {len(shape) - 1} indices into {sizes}, or a list of one for each sample"
-
-
-def _short(target: Any) -> str:
-    text = repr(target)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _any_target(output: Tensor) -> Any:
-    """Some target that fits, for the shapes of an empty batch."""
-    return None if output.numel() == output.shape[0] else tuple([0] * (output.dim() - 1))
+        tied = self._tied or [[] for _ in names]
+        return [
+            layer_calls(graph, explained, group, of_inputs, others)
+            for group, others in zip(names, tied, strict=True)
+        ]
 
 
 def _finish(part: Tensor, dtype: torch.dtype) -> Tensor:
     return part.to(dtype).contiguous()
+
+
+def _dtype_of(x: Tensor) -> torch.dtype:
+    """That of the relevance at an input."""
+    return x.dtype if x.is_floating_point() else torch.float32
 
 
 def _delta_dtype(x: Tensor) -> torch.dtype:

@@ -7,33 +7,36 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from captum.attr import visualization
-from matplotlib.figure import Figure
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import __version__
 from .attribution import RelativeLRP
+from .cli_files import (
+    CommandError,
+    Report,
+    UnreadableImageError,
+    displayed,
+    draw,
+    file_names,
+    first_line,
+    read_image,
+    write_report,
+)
 from .dataset.commands import add_parsers
 from .errors import RelativeLRPError
 from .kernels import show_config
 
 PREDICTIONS = 5  # how many of the likeliest classes the JSON lists
-
-
-class CommandError(Exception):
-    """A mistake in what the user handed in; the message is all they need."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -136,24 +139,6 @@ class Classifier:
         return self.class_names[index] if self.class_names else None
 
 
-@dataclass
-class Report:
-    """What the JSON of one image holds. ``seconds`` is the explanation alone."""
-
-    image: str
-    heatmap: str
-    arch: str
-    weights: str
-    target: int
-    class_name: str | None
-    logit: float
-    probability: float
-    sum_abs_relevance: float
-    delta: float
-    seconds: float
-    predictions: list[dict[str, Any]]
-
-
 def run_explain(options: argparse.Namespace) -> int:
     """Explain every image; one that cannot be read is reported and skipped (exit code 2)."""
     missing = [str(path) for path in options.images if not path.is_file()]
@@ -169,7 +154,7 @@ def run_explain(options: argparse.Namespace) -> int:
     method = RelativeLRP(classifier.model)
 
     code = 0
-    names = file_names(options.images)
+    names = file_names(options.images, options.out)
     for path, name in tqdm(list(zip(options.images, names, strict=True)), unit="image"):
         try:
             image = classifier.preprocess(read_image(path))[None].to(device)
@@ -211,8 +196,7 @@ def run_explain(options: argparse.Namespace) -> int:
             ],
         )
         draw(heatmap, report, attribution[0], displayed(image[0], classifier.preprocess))
-        text = json.dumps(asdict(report), indent=2, ensure_ascii=False)
-        (options.out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        write_report(options.out / f"{name}.json", report)
     return code
 
 
@@ -238,64 +222,6 @@ def pick_target(options: argparse.Namespace, logits: Tensor) -> int:
             f"{len(logits)} classes, 0 to {len(logits) - 1}"
         )
     return int(options.target)
-
-
-def file_names(paths: Sequence[Path]) -> list[str]:
-    """One name per image for its results; images that share a name are numbered."""
-    names: list[str] = []
-    for path in paths:
-        name, number = path.stem, 2
-        while name in names:
-            name, number = f"{path.stem}-{number}", number + 1
-        names.append(name)
-    return names
-
-
-# --- images -------------------------------------------------------------------------------------
-
-
-class UnreadableImageError(CommandError):
-    """One file is no image; the others can still be explained."""
-
-
-def read_image(path: Path) -> Any:
-    """The image, upright and in RGB."""
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except UnidentifiedImageError:
-        raise UnreadableImageError(f"{path} is not an image that Pillow can read") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableImageError(f"{path} cannot be read: {first_line(error)}") from None
-
-
-def displayed(image: Tensor, preprocess: Any) -> Tensor:
-    """What the network was shown, with the normalisation taken back: height, width, 3."""
-    mean, std = getattr(preprocess, "mean", [0.0]), getattr(preprocess, "std", [1.0])
-    image = image.cpu().permute(1, 2, 0)
-    return (image * torch.tensor(std) + torch.tensor(mean)).clamp(0, 1)
-
-
-def draw(path: Path, report: Report, attribution: Tensor, image: Tensor) -> None:
-    """Overlay the relevance, red for and blue against the target, on the image."""
-    relevance = attribution.cpu().permute(1, 2, 0)
-    largest = relevance.abs().max()
-    figure = Figure(figsize=(6, 6.4), layout="constrained")
-    target = report.class_name or f"class {report.target}"
-    visualization.visualize_image_attr(
-        # To scale 1: Captum takes shares this small for zeros, and refuses to draw no relevance.
-        (relevance / largest).numpy() if largest > 0 else None,
-        image.numpy(),
-        method="blended_heat_map" if largest > 0 else "original_image",
-        sign="all",
-        cmap="seismic",
-        alpha_overlay=0.6,
-        show_colorbar=bool(largest > 0),
-        title=f"{target} ({report.probability:.1%})",
-        plt_fig_axis=(figure, figure.subplots()),
-        use_pyplot=False,
-    )
-    figure.savefig(path, dpi=100)
 
 
 # --- networks -----------------------------------------------------------------------------------
@@ -440,11 +366,6 @@ def describe_misfit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor])
 def listing(items: Sequence[str], most: int = 4) -> str:
     """The items in one line, cut short."""
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" * (len(items) > most))
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 if __name__ == "__main__":

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from ..attribution import Backend, _check_inputs, _start
+from ..attribution import Backend
 from ..errors import InputError
 from ..graph.capture import CapturedGraph, unwrap
 from ..graph.layers import layer_calls, leaf_calls, module_names
+from ..inputs import check_inputs
 from ..kernels import get_backend, is_reference_forced
 from ..plan.steps import Final, Plan
 from ..run.engine import Captured, Engine
+from ..targets import start_at
 from .flow import draw_flow
 from .significance import benjamini_hochberg, holm, two_sided_p
 
@@ -192,7 +194,7 @@ class RelevanceStatistics:
                 raise InputError("The batches hold no labels: they must be pairs (inputs, labels).")
             chosen: list[Tensor] = []
             choose = functools.partial(_choose, labels if target == "label" else target, chosen)
-            start = functools.partial(_start, choose, len(inputs[0]), model)
+            start = functools.partial(start_at, choose, len(inputs[0]), model)
             explanation = engine.explain(inputs, (), start, wanted)
             captured = engine.captured(inputs, len(inputs), len(inputs[0]), wanted)
             classes = labels if group_by == "label" else torch.cat(chosen)
@@ -341,7 +343,7 @@ def _unpack(batch: Any, device: torch.device | None) -> tuple[tuple[Tensor, ...]
     inputs, labels = batch, None
     if isinstance(batch, (list, tuple)):
         inputs, labels = batch if len(batch) == 2 else (batch[0], None)
-    tensors = _check_inputs(tuple(inputs) if isinstance(inputs, list) else inputs)
+    tensors = check_inputs(tuple(inputs) if isinstance(inputs, list) else inputs)
     if labels is not None:
         labels = torch.as_tensor(labels, device=device).reshape(-1)
     return tuple(x.to(device) for x in tensors), labels

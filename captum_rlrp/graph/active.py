@@ -6,10 +6,12 @@ import operator
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .capture import CapturedGraph, dependents, reads_values
+from .captured import CapturedGraph
+from .nodes import dependents, reads_values
 
 
 def active_values(graph: CapturedGraph, explained: Collection[Node]) -> set[Node]:
@@ -18,12 +20,12 @@ def active_values(graph: CapturedGraph, explained: Collection[Node]) -> set[Node
     What depends on them by comparisons or integers only (a mask) counts as a constant. An embedding
     of integer inputs is active, though no gradient would reach the integers.
     """
-    discrete = dependents(graph.nodes, [n for n in explained if not _is_number(n)])
+    discrete = discrete_values(graph, [n for n in explained if not is_number(n)])
     depends = dependents(graph.nodes, explained)
-    active = {node for node in explained if _is_number(node)}
+    active = {node for node in explained if is_number(node)}
     for node in graph.nodes:
         node.meta["depends"] = node in depends
-        if node.op != "call_function" or not reads_values(node) or not _is_number(node):
+        if node.op != "call_function" or not reads_values(node) or not is_number(node):
             continue
         operands = source_call(node).all_input_nodes
         if any(n in active for n in operands) or any(n in discrete for n in operands):
@@ -31,7 +33,20 @@ def active_values(graph: CapturedGraph, explained: Collection[Node]) -> set[Node
     return active
 
 
-def _is_number(node: Node) -> bool:
+def discrete_values(graph: CapturedGraph, sources: Collection[Node]) -> set[Node]:
+    """Integers made of explained integers. Those made of comparisons (positions) are none."""
+    found = set(sources)
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and (is_number(node) or value.dtype == torch.bool):
+            continue
+        if reads_values(node) and any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def is_number(node: Node) -> bool:
+    """Whether a value holds floating-point numbers."""
     value = node.meta.get("val")
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 

@@ -9,7 +9,8 @@ from torch.fx import Node
 
 from ..errors import InputError
 from .active import active_values
-from .capture import CapturedGraph, reads_values
+from .captured import CapturedGraph
+from .nodes import reads_values
 
 
 def module_names(model: nn.Module, module: nn.Module) -> list[str]:
@@ -27,6 +28,22 @@ def module_names(model: nn.Module, module: nn.Module) -> list[str]:
     return names
 
 
+def tied_names(model: nn.Module, module: nn.Module) -> list[str]:
+    """Names of the other modules of its kind that share its weight: tied embeddings.
+
+    Of T5's, the one that ``get_input_embeddings`` returns is not the one that forward calls.
+    """
+    weight = getattr(module, "weight", None)
+    return [
+        name
+        for name, other in model.named_modules(remove_duplicate=False)
+        if other is not module
+        and weight is not None
+        and type(other) is type(module)
+        and other.weight is weight
+    ]
+
+
 def _calls(graph: CapturedGraph, names: Sequence[str]) -> list[list[Node]]:
     """The nodes of each call of the module, in order of execution."""
     calls: dict[str, list[Node]] = {}
@@ -42,9 +59,20 @@ def _calls(graph: CapturedGraph, names: Sequence[str]) -> list[list[Node]]:
 
 
 def layer_calls(
-    graph: CapturedGraph, explained: Sequence[Node], names: Sequence[str], of_inputs: bool
+    graph: CapturedGraph,
+    explained: Sequence[Node],
+    names: Sequence[str],
+    of_inputs: bool,
+    tied: Sequence[str] = (),
 ) -> list[Node]:
     """The values that leave (or enter) the module, call by call.
+
+    Args:
+        graph: The captured model.
+        explained: Its explained inputs.
+        names: The names of the module.
+        of_inputs: Whether the values that enter are meant.
+        tied: Names of modules to take in its place, where itself is not called.
 
     Raises:
         InputError: If the module is not called, or has no operation of its own.
@@ -64,6 +92,8 @@ def layer_calls(
                 or any(u in reachable and u not in inside and reads_values(u) for u in n.users)
             ]
         found += [n for n in dict.fromkeys(values) if n in active]
+    if not found and tied:
+        return layer_calls(graph, explained, tied, of_inputs)
     if not found:
         where = "reads" if of_inputs else "computes"
         raise InputError(

@@ -70,6 +70,7 @@ _add(Reduction(), "mean sum")
 _add(Trapezoid(), "trapezoid")
 _add(Difference(), "diff")
 _add(Overlapping(), "cumsum col2im fold")
+_add(Overlapping("src"), "scatter_add")
 _add(GridSample("input"), "grid_sampler grid_sampler_2d grid_sampler_3d")
 _add(
     Interpolate(),

@@ -6,57 +6,53 @@ Knows neither Captum nor targets; :mod:`captum_rlrp.attribution` adds those.
 from __future__ import annotations
 
 import contextlib
-import functools
+import importlib
 import math
 import threading
-import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, ItemsView, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 from ..errors import CaptureError, InputError, NonFiniteError
-from ..graph.capture import CAPTURING, CapturedGraph, capture, check_eval_mode, flatten_arguments
+from ..graph.active import is_number
+from ..graph.capture import (
+    CAPTURING,
+    CapturedGraph,
+    capture,
+    carries_batch,
+    check_eval_mode,
+    flatten_arguments,
+)
+from ..graph.fingerprint import Fingerprint
+from ..graph.form import PLAIN, Form
+from ..graph.mixing import check_apart
+from ..graph.tokens import at_numbers, embeddings
 from ..kernels import reference
 from ..plan.fusion import fuse
 from ..plan.portions import divide, find_portion
-from ..plan.steps import plan
+from ..plan.steps import Plan, plan
+from .arguments import Batched, device_of, guesses, signature, take
 from .program import Program, Result, find_non_finite
 from .recording import Begin, Recordings, Task
+from .several import fork
+from .trial import Trial
 
 _CACHED_PROGRAMS = 32
 
+# Integer input → the values that it becomes, each with its indices.
+Becomes = dict[Node, list[tuple[Node, Node]]]
 # Relevance at the output and, where it is one-hot along dimension 1, the column of each sample.
 Start = tuple[Tensor, Tensor | None]
 StartFunction = Callable[[Tensor, slice], Start]
 WantedFunction = Callable[[CapturedGraph, Sequence[Node]], list[Node]]
-
-
-class Remembered(NamedTuple):
-    """A module at the capture: what the program took from it, apart from parameters."""
-
-    module: weakref.ref[nn.Module]
-    kind: type
-    training: bool
-    children: list[int]
-    settings: ItemsView[str, Any]
-
-    def is_as_it_was(self) -> bool:
-        """Whether nothing has changed since."""
-        module = self.module()  # another may have the id of one that is gone
-        return (
-            module is not None
-            and type(module) is self.kind
-            and module.training is self.training
-            and [*map(id, module._modules.values())] == self.children
-            and self.settings <= module.__dict__.items()
-        )
 
 
 @dataclass(frozen=True)
@@ -77,9 +73,16 @@ class Captured:
     plain: Program
     explained: tuple[Node, ...]
     wanted: tuple[Node, ...]
+    becomes: Becomes
     parameters: tuple[tuple[str, Node, torch.Size, torch.dtype, torch.device], ...]
-    modules: tuple[Remembered, ...]
+    fingerprint: Fingerprint
     portion: int | None
+    batched: Batched
+    only: int | None  # the one batch size it was checked for
+
+    def admits(self, batch: int) -> bool:
+        """Whether it holds for a batch of this size."""
+        return self.only in (None, batch) and self.program.graph.admits(batch)
 
     @property
     def per_sample(self) -> bool:
@@ -88,7 +91,7 @@ class Captured:
 
     def bind(self, model: nn.Module) -> dict[Node, Tensor] | None:
         """The parameters as they are now; None where they do not fit the program any more."""
-        if not all(module.is_as_it_was() for module in self.modules):
+        if not self.fingerprint.fits(model):
             return None
         values = {}
         try:
@@ -118,6 +121,8 @@ class Engine:
         fuses: Whether the forward may fold and fuse; otherwise it runs as captured.
         layers: Names of the modules whose outputs are asked for; None stands for all leaves.
         recordings: CUDA graphs to replay where there are any; None does without.
+        form: How the model is called, and which output counts.
+        allow_random: Whether random numbers that forward draws count as constants.
     """
 
     def __init__(
@@ -127,25 +132,48 @@ class Engine:
         fuses: bool = True,
         layers: Sequence[str] | None = (),
         recordings: Recordings | None = None,
+        form: Form = PLAIN,
+        allow_random: bool = False,
     ) -> None:
         self.model = model
         self.layers = layers
         self.fuses = fuses
         self.recordings = recordings
+        self.form = form
+        self.allow_random = allow_random
         self.kernels = kernels
         self._memory = kernels.working_memory()
         self._cache: OrderedDict[Hashable, Captured] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to this process: a copy captures anew."""
+        state = dict(self.__dict__)
+        for name in ("_memory", "_cache", "_lock"):
+            del state[name]
+        state["kernels"] = self.kernels.__name__
+        state["recordings"] = self.recordings is not None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.kernels = importlib.import_module(state["kernels"])
+        self.recordings = Recordings() if state["recordings"] else None
+        self._memory = self.kernels.working_memory()
+        self._cache = OrderedDict()
         self._lock = threading.Lock()
 
     def explain(
         self,
         inputs: Sequence[Tensor],
         additional: Sequence[Any],
-        start: StartFunction,
+        start: StartFunction | Sequence[StartFunction],
         wanted: WantedFunction | None = None,
         key: Hashable = None,
         measure_delta: bool = False,
         internal_batch_size: int | None = None,
+        form: Form | None = None,
+        batch: int | None = None,
     ) -> Explanation:
         """Explains a batch.
 
@@ -153,30 +181,38 @@ class Engine:
             inputs: The explained arguments, samples first.
             additional: The model's further arguments.
             start: Model output and the rows it stands for → relevance at the output, and the
-                column where it starts.
+                column where it starts. Of several, the results are stacked behind the batch.
             wanted: Which values' relevance to return; the inputs' by default.
             key: Tells `wanted` functions apart.
             measure_delta: Whether to measure the violation of the local law.
             internal_batch_size: Samples that go through at a time; by default all of them, or as
                 many as are fast on a CPU.
+            form: How the model is called, if not as ever.
+            batch: Number of samples, if not that of the first input's rows.
         """
+        form = form or self.form
         args = (*inputs, *additional)
-        batch = len(inputs[0])
-        captured, parameters = self._bound(args, len(inputs), batch, wanted, key)
+        batch = len(inputs[0]) if batch is None else batch
+        captured, parameters = self._bound(args, len(inputs), batch, wanted, key, form)
         size, portion = internal_batch_size or batch, captured.portion or batch
         if captured.per_sample:
             size = 1
-        elif internal_batch_size is None and portion < batch and not _carry(additional, batch):
+        elif internal_batch_size is None and portion < batch:
             size = divide(batch, portion)
         parts = []
         with self._memory:
             for first in range(0, batch, size):
                 rows = slice(first, min(first + size, batch))
-                some = args if size >= batch else _take(args, rows, batch)
+                some = args
+                if size < batch:
+                    pairs = zip(args, captured.batched, strict=True)
+                    some = tuple(take(arg, rows, batched) for arg, batched in pairs)
                 if size < batch and captured.program.graph.guards:  # forward may take another way
-                    begin = functools.partial(_start_within, start, rows.start)
+                    begin = _within(start, rows.start)
                     few, rest = some[: len(inputs)], some[len(inputs) :]
-                    parts.append(self.explain(few, rest, begin, wanted, key, measure_delta))
+                    parts.append(
+                        self.explain(few, rest, begin, wanted, key, measure_delta, None, form)
+                    )
                 else:
                     parts.append(self._run(captured, parameters, some, rows, start, measure_delta))
         if len(parts) == 1:
@@ -196,9 +232,10 @@ class Engine:
         batch: int,
         wanted: WantedFunction | None = None,
         key: Hashable = None,
+        form: Form | None = None,
     ) -> Captured:
         """The program for arguments like these, captured if it is not at hand."""
-        return self._bound(args, explained, batch, wanted, key)[0]
+        return self._bound(args, explained, batch, wanted, key, form or self.form)[0]
 
     def _bound(
         self,
@@ -207,23 +244,28 @@ class Engine:
         batch: int,
         wanted: WantedFunction | None,
         key: Hashable,
+        form: Form,
     ) -> tuple[Captured, dict[Node, Tensor]]:
         """The program and the model's parameters."""
-        signature: Hashable = (key, explained, _signature(args, batch))
+        autocast = torch.is_autocast_enabled(device_of(args))
+        name: Hashable = (key, explained, form, autocast, signature(list(args), batch))
         with self._lock:
-            found = self._cache.get(signature)
-            if found is not None and not found.program.graph.admits(batch):
-                signature = (signature, batch)
-                found = self._cache.get(signature)
+            found = self._cache.get(name)
+            if found is not None and not found.admits(batch):
+                if found.only == 1 and self._holds_for(found, args, batch, form):
+                    found = self._cache[name] = replace(found, only=None)
+                else:
+                    name = (name, batch)
+                    found = self._cache.get(name)
             if found is not None:
-                self._cache.move_to_end(signature)
+                self._cache.move_to_end(name)
         parameters = found.bind(self.model) if found is not None else None
         if found is not None and parameters is not None:
             return found, parameters
         with CAPTURING:
-            made = self._capture(args, explained, batch, wanted)
+            made = self._capture(args, explained, batch, wanted, form)
         with self._lock:
-            self._cache[signature] = made
+            self._cache[name] = made
             while len(self._cache) > _CACHED_PROGRAMS:
                 self._cache.popitem(last=False)
         parameters = made.bind(self.model)
@@ -234,45 +276,135 @@ class Engine:
             )
         return made, parameters
 
+    def _holds_for(self, found: Captured, args: Sequence[Any], batch: int, form: Form) -> bool:
+        """Whether what was captured with one sample holds for several."""
+        if found.per_sample or not found.program.graph.admits(batch):
+            return False
+        return self.allow_random or Trial(self.model, form, args).tells_apart(batch, found.batched)
+
     def _capture(
-        self, args: Sequence[Any], explained: int, batch: int, wanted: WantedFunction | None
+        self,
+        args: Sequence[Any],
+        explained: int,
+        batch: int,
+        wanted: WantedFunction | None,
+        form: Form,
     ) -> Captured:
         check_eval_mode(self.model)
+        trial = Trial(self.model, form, args)
+        if batch > 1 and trial.output.shape[:1] == (1,):
+            raise InputError(
+                f"{type(self.model).__name__} returns shape {tuple(trial.output.shape)} for a "
+                f"batch of {batch}; an explanation needs one row of scores per sample."
+            )
+        graph, batched = self._graph(trial, explained, batch, form)
         try:
-            graph = capture(self.model, args, batch, self._layers())
-        except CaptureError as error:
-            graph = self._capture_single(args, batch, error)
-        if graph.batch is None:
-            graph = self._capture_single(args, batch, None)
-        elif not graph.admits(batch):  # traced with two samples, where forward takes another way
-            only_one = sympy.Eq(sympy.Symbol("batch"), batch)
-            graph = replace(capture(self.model, args, None, self._layers()), guards=(only_one,))
-        nodes = graph.inputs[:explained]
-        taps = wanted(graph, nodes) if wanted else list(nodes)
-        made = plan(graph, nodes, taps)
+            made, taps, becomes = self._planned(graph, explained, wanted)
+        except CaptureError:
+            if batch > 1 or graph.batch is None:
+                raise
+            # A model that cuts its batch of one still explains that one.
+            graph = self._only(args, batch, form)
+            made, taps, becomes = self._planned(graph, explained, wanted)
         plain = Program(graph, made, reference, taps)
         instructions = None
         if self.fuses:
             made, instructions = fuse(graph, made, taps)
-        program = Program(graph, made, self.kernels, taps, instructions)
+        reachable = [tap for tap in taps if tap in made.layouts]
+        program = Program(graph, made, self.kernels, reachable, instructions)
         parameters = tuple(
             (name, node, value.shape, value.dtype, value.device)
             for node, name in graph.parameters.items()
             for value in (_attribute(self.model, name),)
         )
-        modules = tuple(map(_remember, self.model.modules()))
-        divides = self.fuses and _device(args) == "cpu"
+        divides = self.fuses and device_of(args) == "cpu"
         portion = find_portion(graph, made.layouts) if divides else None
-        return Captured(program, plain, tuple(nodes), tuple(taps), parameters, modules, portion)
+        asked = tuple(taps) if wanted else graph.inputs[:explained]
+        captured = Captured(
+            program, plain, graph.inputs[:explained], asked, becomes, parameters,
+            Fingerprint(self.model, trial.root.model), portion, tuple(batched),
+            batch if batch == 1 or batched != carries_batch(args, batch) else None,
+        )  # fmt: skip
+        self._compare(trial, captured, batch)
+        return captured
 
-    def _capture_single(
-        self, args: Sequence[Any], batch: int, error: CaptureError | None
+    def _graph(
+        self, trial: Trial, explained: int, batch: int, form: Form
+    ) -> tuple[CapturedGraph, Batched]:
+        """The graph, and which arguments belong to the samples, of which none sees another."""
+        args = trial.args
+        likely, *others = guesses(args, batch, explained)
+        checks = batch > 1 and not self.allow_random and any(tree_leaves(likely[:explained]))
+        apart = [b for b in (likely, *others) if not checks or trial.tells_apart(batch, b)]
+        failed: CaptureError | None = None
+        for batched in apart or [likely]:
+            try:
+                graph = self._traced(args, batch, form, batched)
+            except CaptureError as error:
+                failed = failed or error
+                continue
+            if graph.batch is None:
+                continue
+            # A forward that asks how many samples there are cannot be asked about one of them.
+            if not apart and not (graph.guards and trial.tells_apart(batch, batched, True)):
+                break
+            if not graph.admits(batch):  # traced with two samples, which go another way
+                return self._only(args, batch, form), batched
+            return graph, batched
+        if apart:
+            return self._single(args, batch, apart[0], form, failed), apart[0]
+        if failed is not None and not trial.is_random():
+            failed = None
+        raise failed or CaptureError(
+            f"{type(self.model).__name__} mixes the samples of a batch: the first or the last of "
+            f"the {batch} comes out otherwise by itself, so there is no explanation per sample. "
+            "Something in forward runs along dimension 0 (a softmax, a sort, a mean over the "
+            "batch) or depends on the number of samples. Explain them one by one, or rewrite it."
+        )
+
+    def _planned(
+        self, graph: CapturedGraph, explained: int, wanted: WantedFunction | None
+    ) -> tuple[Plan, list[Node], Becomes]:
+        nodes = graph.inputs[:explained]
+        becomes: Becomes = {}
+        if wanted is None:
+            taps = [node for node in nodes if is_number(node)]
+            for node in nodes:
+                if not is_number(node):
+                    becomes[node] = embeddings(graph, nodes, node)
+                    taps += [value for value, _ in becomes[node]]
+        else:
+            taps = wanted(graph, nodes)
+        used = set(graph.nodes)
+        made = plan(graph, nodes, [tap for tap in taps if tap in used])
+        check_apart(graph, made.layouts)
+        return made, taps, becomes
+
+    def _traced(
+        self, args: Sequence[Any], batch: int | None, form: Form, batched: Batched | None = None
+    ) -> CapturedGraph:
+        layers = self._layers()
+        return capture(self.model, args, batch, layers, form, batched, self.allow_random)
+
+    def _only(self, args: Sequence[Any], batch: int, form: Form) -> CapturedGraph:
+        """The graph for a batch of exactly this size, seen as one sample."""
+        only = sympy.Eq(sympy.Symbol("batch"), batch)
+        return replace(self._traced(args, None, form), guards=(only,))
+
+    def _single(
+        self,
+        args: Sequence[Any],
+        batch: int,
+        batched: Batched,
+        form: Form,
+        error: CaptureError | None,
     ) -> CapturedGraph:
         """The model fixes its batch size: it may still run on one sample at a time."""
+        one = [take(arg, slice(0, 1), b) for arg, b in zip(args, batched, strict=True)]
         try:
-            return capture(self.model, _take(args, slice(0, 1), batch), None, self._layers())
-        except CaptureError as second:
-            self._check_runs(args)
+            Trial(self.model, form, one)  # fills what the model caches for this size
+            return self._traced(one, None, form)
+        except (CaptureError, InputError) as second:
             if error is not None:
                 raise error from None
             raise CaptureError(
@@ -285,17 +417,17 @@ class Engine:
             return [m for m in self.model.modules() if not any(True for _ in m.children())]
         return [self.model.get_submodule(name) for name in self.layers]
 
-    def _check_runs(self, args: Sequence[Any]) -> None:
-        """Where the model itself fails on the arguments, that is the error to show."""
-        try:
-            with torch.no_grad():
-                self.model(*args)
-        except Exception as error:
-            shapes = ", ".join(str(tuple(a.shape)) for a in args if isinstance(a, Tensor))
-            raise InputError(
-                f"{type(self.model).__name__} fails on these arguments (shapes {shapes}), "
-                f"with or without an explanation: {type(error).__name__}: {error}"
-            ) from error
+    def _compare(self, trial: Trial, captured: Captured, batch: int) -> None:
+        """Whether the graph computes what the model does."""
+        if self.allow_random or (captured.per_sample and batch > 1):
+            return
+        parameters = captured.bind(self.model)
+        if parameters is None:
+            return
+        with torch.no_grad(), no_autocast(trial.args), self._memory:
+            values = self._values(captured, parameters, trial.args)
+            run = captured.program.forward(values)
+            trial.check(run.values[run.output])
 
     # ---- run ----------------------------------------------------------------------------------
 
@@ -305,36 +437,68 @@ class Engine:
         parameters: dict[Node, Tensor],
         args: Sequence[Any],
         rows: slice,
-        start: StartFunction,
+        start: StartFunction | Sequence[StartFunction],
         measure_delta: bool,
     ) -> Explanation:
         graph = captured.program.graph
-        with torch.no_grad(), _no_autocast(args):
-            values: dict[Node, Any] = {**graph.constants, **parameters}
-            for node, value in zip(graph.inputs, flatten_arguments(args), strict=True):
-                values[node] = value.detach() if isinstance(value, Tensor) else value
+        with torch.no_grad(), no_autocast(args):
+            values = self._values(captured, parameters, args)
             inputs = {n: values[n] for n in graph.inputs if isinstance(values[n], Tensor)}
+            starts = [start] if callable(start) else start
             task = Task(
                 captured.program,
                 values,
                 inputs,
                 captured.explained,
-                lambda output: start(output, rows),
+                lambda output: starts[0](output, rows),
                 rows.stop - rows.start,
                 measure_delta,
             )
-            result, totals = self.recordings.run(task) if self.recordings else task.run()
-            if not _is_sound(totals, result):
-                result = self._run_wide(replace(task, program=captured.plain))
-            parts = []
-            for node in captured.wanted:
-                part = result.relevance.get(node)
-                if part is None:  # nothing arrived: no way leads there from the output
-                    like = result.likes.get(node, values.get(node))
-                    assert like is not None
-                    part = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-                parts.append(part)
-        return Explanation(parts, result.delta)
+            if callable(start):
+                result, totals = self.recordings.run(task) if self.recordings else task.run()
+                result = self._sound(captured, task, result, totals)
+                return Explanation(self._parts(captured, values, result), result.delta)
+            run = task.forward()
+            output = run.values[run.output]
+            found = []
+            for begin in starts:
+                one = replace(task, begin=_for_rows(begin, rows))
+                result, totals = one.back(fork(run), *one.begin(output))
+                result = self._sound(captured, one, result, totals)
+                found.append(Explanation(self._parts(captured, values, result), result.delta))
+        return _stacked(found)
+
+    def _sound(self, captured: Captured, task: Task, result: Result, totals: Tensor) -> Result:
+        """The result, once more in float64 where the first cannot be trusted."""
+        if _is_sound(totals, result):
+            return result
+        return self._run_wide(replace(task, program=captured.plain))
+
+    def _parts(self, captured: Captured, values: dict[Node, Any], result: Result) -> list[Tensor]:
+        """Relevance at the values asked for."""
+        graph, parts = captured.program.graph, []
+        for node in captured.wanted:
+            part = result.relevance.get(node)
+            if node in captured.becomes:
+                at = [(v, i, result.relevance.get(v)) for v, i in captured.becomes[node]]
+                met = [(v, i, r) for v, i, r in at if r is not None]
+                part = at_numbers(graph, values, node, met)
+            if part is None:  # nothing arrived: no way leads there from the output
+                like = result.likes.get(node, values.get(node))
+                assert like is not None
+                part = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+            parts.append(part)
+        return parts
+
+    def _values(
+        self, captured: Captured, parameters: dict[Node, Tensor], args: Sequence[Any]
+    ) -> dict[Node, Any]:
+        """The values of the graph's placeholders."""
+        graph = captured.program.graph
+        values: dict[Node, Any] = {**graph.constants, **parameters}
+        for node, value in zip(graph.inputs, flatten_arguments(args), strict=True):
+            values[node] = value.detach() if isinstance(value, Tensor) else value
+        return values
 
     def _run_wide(self, task: Task) -> Result:
         """The same in float64, for relevance that nearly vanishes and values far from 1.
@@ -384,6 +548,10 @@ def _is_sound(totals: Tensor, result: Result) -> bool:
     return all(map(math.isfinite, numbers)) and numbers[-2] >= least and max(numbers) < most
 
 
+def _for_rows(start: StartFunction, rows: slice) -> Begin:
+    return lambda output: start(output, rows)
+
+
 def _widened(begin: Begin) -> Begin:
     def wide(output: Tensor) -> tuple[Tensor, Tensor | None]:
         start, column = begin(output)
@@ -392,21 +560,28 @@ def _widened(begin: Begin) -> Begin:
     return wide
 
 
-def _start_within(start: StartFunction, first: int, output: Tensor, rows: slice) -> Start:
+def _within(start: StartFunction | Sequence[StartFunction], first: int) -> Any:
     """The start for some of the rows from `first` on."""
-    return start(output, slice(first + rows.start, first + rows.stop))
+    if not callable(start):
+        return [_within(one, first) for one in start]
+    return lambda output, rows: start(output, slice(first + rows.start, first + rows.stop))
 
 
-def _no_autocast(args: Sequence[Any]) -> Any:
+def _stacked(found: Sequence[Explanation]) -> Explanation:
+    """Several explanations of the same samples, side by side."""
+    pairs = zip(*(one.relevance for one in found), strict=True)
+    deltas = [one.delta for one in found if one.delta is not None]
+    return Explanation(
+        [torch.stack(parts, 1) for parts in pairs], torch.stack(deltas, 1) if deltas else None
+    )
+
+
+def no_autocast(args: Sequence[Any]) -> Any:
     """The captured graph holds the casts it needs; an ambient autocast would add others."""
-    device = _device(args)
+    device = device_of(args)
     if not torch.is_autocast_enabled(device):
         return contextlib.nullcontext()
     return torch.autocast(device, enabled=False)
-
-
-def _device(args: Sequence[Any]) -> str:
-    return next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
 
 
 def _attribute(model: nn.Module, name: str) -> Tensor:
@@ -419,52 +594,4 @@ def _attribute(model: nn.Module, name: str) -> Tensor:
         value = module._buffers.get(last)
     if value is None:
         value = getattr(module, last)
-    return value
-
-
-def _remember(module: nn.Module) -> Remembered:
-    # What the capture fixed of a layer of PyTorch's: strides, slopes, sizes. Other modules may
-    # keep counters and the like, by which nothing can be told.
-    known = type(module).__module__.startswith("torch.nn.")
-    kinds = (bool, int, float, str, tuple)
-    settings = {k: v for k, v in vars(module).items() if known and type(v) in kinds}
-    children = [*map(id, module._modules.values())]
-    return Remembered(
-        weakref.ref(module), type(module), module.training, children, settings.items()
-    )
-
-
-def _signature(value: Any, batch: int) -> Hashable:
-    if isinstance(value, Tensor):
-        batched = value.dim() > 0 and value.shape[0] == batch
-        shape = value.shape[1:] if batched else value.shape
-        return (batched, tuple(shape), value.dtype, value.device)
-    if isinstance(value, (list, tuple)):
-        return (type(value), *(_signature(item, batch) for item in value))
-    if isinstance(value, dict):
-        return tuple((key, _signature(item, batch)) for key, item in value.items())
-    try:
-        hash(value)
-    except TypeError as error:
-        raise InputError(
-            f"additional_forward_args holds a {type(value).__name__}, which cannot be part of a "
-            "captured graph; pass tensors, numbers, strings, None, or lists and dicts of them."
-        ) from error
-    return (type(value), value)
-
-
-def _carry(additional: Sequence[Any], batch: int) -> bool:
-    """Whether an argument has the batch's size: it may be of the samples, or happen to have it."""
-    leaves = flatten_arguments(additional)
-    return any(isinstance(leaf, Tensor) and leaf.shape[:1] == (batch,) for leaf in leaves)
-
-
-def _take(value: Any, rows: slice, batch: int) -> Any:
-    """The arguments of some of the samples."""
-    if isinstance(value, Tensor):
-        return value[rows] if value.dim() and value.shape[0] == batch else value
-    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-        return type(value)(_take(item, rows, batch) for item in value)
-    if isinstance(value, dict):
-        return {key: _take(item, rows, batch) for key, item in value.items()}
     return value
