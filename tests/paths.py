@@ -25,9 +25,9 @@ def one_capture() -> Iterator[None]:
     capture = engine.capture  # what a fixture may have replaced
     known: dict[Any, CapturedGraph] = {}
 
-    def once(model: nn.Module, args: Sequence[Any], batch: int | None, *rest: Any) -> Any:
+    def once(model: nn.Module, args: Sequence[Any], batch: int | None, *more: Any) -> Any:
         if batch not in known:
-            known[batch] = capture(model, args, batch, *rest)
+            known[batch] = capture(model, args, batch, *more)
         return known[batch]
 
     with mock.patch.object(engine, "capture", once):

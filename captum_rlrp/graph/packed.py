@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -31,14 +32,15 @@ class RecurrentLayers(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name == "sort" and sys._getframe(1).f_code is pack_padded_sequence.__code__:
+        if name == "sort" and _is_packing():
             return args[0], _Order()  # padded sequences need no order
         if any(isinstance(value, _Order) for value in args):
             return args[0]
         if name == "_pack_padded_sequence":
             sequence, lengths, batch_first = args
             sequence = sequence.transpose(0, 1) if batch_first else sequence
-            return sequence, _Lengths(lengths.to(sequence.device), *sequence.shape[:2])
+            made = _Lengths(lengths.to(sequence.device), *sequence.shape[:2])
+            return sequence.flatten(0, 1), made  # as packed data is: steps and samples in one
         if name == "_pad_packed_sequence" and isinstance(args[1], _Lengths):
             return _pad(*args)
         if name in _LAYERS and isinstance(args[1], _Lengths):
@@ -46,6 +48,16 @@ class RecurrentLayers(TorchFunctionMode):
         if name in _LAYERS and isinstance(args[-1], bool) and args[0].shape[args[-1]]:
             return _as_one_call(name, func, *args)
         return func(*args, **kwargs)
+
+
+def _is_packing() -> bool:
+    """Whether ``pack_padded_sequence`` made the call, through modes of export's own."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and "torch" in frame.f_globals.get("__name__", ""):
+        if frame.f_code is pack_padded_sequence.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 class _Order:
@@ -149,6 +161,7 @@ def _as_one_call(
 def _pad(
     data: Tensor, lengths: _Lengths, batch_first: bool, value: float, steps: int
 ) -> tuple[Tensor, Tensor]:
+    data = data.unflatten(0, (lengths.steps, lengths.batch))
     padded = torch.where(lengths.valid[:, :, None], data, value)
     if steps > lengths.steps:
         padded = torch.nn.functional.pad(
@@ -169,6 +182,7 @@ def _run(
     train: bool,
     bidirectional: bool,
 ) -> tuple[Any, ...]:
+    data = data.unflatten(0, (lengths.steps, lengths.batch))
     directions = 2 if bidirectional else 1
     size = len(weights) // (layers * directions)
     last: list[Tensor] = []
@@ -185,7 +199,7 @@ def _run(
             last.append(_at(output, (lengths.lengths - 1)[None]))
             outputs.append(_at(output, lengths.backward) if direction else output)
         data = torch.cat(outputs, -1) if bidirectional else outputs[0]
-    hidden = torch.cat(last)
+    hidden, data = torch.cat(last), data.flatten(0, 1)
     return (data, hidden, _NoCells()) if name == "lstm" else (data, hidden)
 
 

@@ -121,6 +121,9 @@ class _Twins:
                 made.__dict__[name] = self.of(value)
         if module in self._layers:
             made.__dict__["forward"] = _with_outputs_of_its_own(made.forward)
+        if isinstance(made, nn.RNNBase) and not self._own_buffers:
+            # It would read the number of samples as a constant. The trial has checked already.
+            made.__dict__["check_forward_args"] = lambda *args: None
         _open_exported(made)
         return made
 

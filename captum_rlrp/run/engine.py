@@ -42,7 +42,6 @@ from ..plan.steps import Plan, plan
 from .arguments import Batched, device_of, guesses, signature, take
 from .program import Program, Result, find_non_finite
 from .recording import Begin, Recordings, Task
-from .several import fork
 from .trial import Trial
 
 _CACHED_PROGRAMS = 32
@@ -306,7 +305,8 @@ class Engine:
             # A model that cuts its batch of one still explains that one.
             graph = self._only(args, batch, form)
             made, taps, becomes = self._planned(graph, explained, wanted)
-        plain = Program(graph, made, reference, taps)
+        reachable = [tap for tap in taps if tap in made.layouts]
+        plain = Program(graph, made, reference, reachable)
         instructions = None
         if self.fuses:
             made, instructions = fuse(graph, made, taps)
@@ -450,21 +450,28 @@ class Engine:
                 values,
                 inputs,
                 captured.explained,
-                lambda output: starts[0](output, rows),
+                _at(starts[0], rows),
                 rows.stop - rows.start,
                 measure_delta,
             )
             if callable(start):
                 result, totals = self.recordings.run(task) if self.recordings else task.run()
-                result = self._sound(captured, task, result, totals)
+                if not _is_sound(totals, result):
+                    result = self._run_wide(replace(task, program=captured.plain))
                 return Explanation(self._parts(captured, values, result), result.delta)
             run = task.forward()
             output = run.values[run.output]
             found = []
             for begin in starts:
-                one = replace(task, begin=_for_rows(begin, rows))
-                result, totals = one.back(fork(run), *one.begin(output))
-                result = self._sound(captured, one, result, totals)
+                # Each pass back drops what it has read.
+                again = replace(
+                    run, values=dict(run.values), scratch=dict(run.scratch), checked=[*run.checked]
+                )
+                from_here = _at(begin, rows)
+                result, totals = task.back(again, *from_here(output))
+                if not _is_sound(totals, result):
+                    wide = replace(task, program=captured.plain, begin=from_here)
+                    result = self._run_wide(wide)
                 found.append(Explanation(self._parts(captured, values, result), result.delta))
         return _stacked(found)
 
@@ -558,6 +565,11 @@ def _widened(begin: Begin) -> Begin:
         return start.double(), column
 
     return wide
+
+
+def _at(start: StartFunction, rows: slice) -> Begin:
+    """The start for these rows."""
+    return lambda output: start(output, rows)
 
 
 def _within(start: StartFunction | Sequence[StartFunction], first: int) -> Any:

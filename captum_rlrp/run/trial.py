@@ -108,8 +108,9 @@ class Trial:
         Raises:
             CaptureError: If it is something else.
         """
-        finite = self.output.isfinite().all() and output.isfinite().all()  # else the run says so
-        if finite and not self._agree(output, self.output):
+        if not (self.output.isfinite().all() and output.isfinite().all()):
+            return  # reported later, with the place
+        if not self._agree(output, self.output):
             raise CaptureError(
                 f"What was captured of {type(self.model).__name__} does not compute what its "
                 "forward does: something in it cannot be captured, such as padding that depends "
