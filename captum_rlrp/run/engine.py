@@ -475,12 +475,6 @@ class Engine:
                 found.append(Explanation(self._parts(captured, values, result), result.delta))
         return _stacked(found)
 
-    def _sound(self, captured: Captured, task: Task, result: Result, totals: Tensor) -> Result:
-        """The result, once more in float64 where the first cannot be trusted."""
-        if _is_sound(totals, result):
-            return result
-        return self._run_wide(replace(task, program=captured.plain))
-
     def _parts(self, captured: Captured, values: dict[Node, Any], result: Result) -> list[Tensor]:
         """Relevance at the values asked for."""
         graph, parts = captured.program.graph, []
@@ -553,10 +547,6 @@ def _is_sound(totals: Tensor, result: Result) -> bool:
     least, most = _RANGE[torch.float64 if wide else torch.float32]
     numbers = totals.tolist()
     return all(map(math.isfinite, numbers)) and numbers[-2] >= least and max(numbers) < most
-
-
-def _for_rows(start: StartFunction, rows: slice) -> Begin:
-    return lambda output: start(output, rows)
 
 
 def _widened(begin: Begin) -> Begin:
