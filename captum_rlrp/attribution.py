@@ -70,7 +70,7 @@ class _Explainer:
         )
 
     def has_convergence_delta(self) -> bool:
-        """True: the delta is the largest violation of the local law (see ``attribute``)."""
+        """True: the delta is the largest violation of the law's sums (see ``attribute``)."""
         return True
 
     def compute_convergence_delta(
@@ -98,23 +98,24 @@ class _Explainer:
 
     @property
     def multiplies_by_inputs(self) -> bool:
-        """True: every section's rule multiplies by the section's input."""
+        """True: contributions are products with the input."""
         return True
 
 
 class RelativeLRP(_Explainer, Attribution):
     r"""
     Relative Layer-Wise Relevance Propagation [https://arxiv.org/abs/2501.14322]: one unit of
-    relevance starts at the target output and is propagated backwards. In every linear
-    section :math:`y = Jx + b` (a maximal chain of linear layers) it becomes
+    relevance starts at the target output and is propagated backwards, in proportion to
+    contributions. With :math:`c_{ji} = a_{ji} x_i` the contribution of input i to output j of
+    a linear map,
 
     .. math::
-        q = x \odot J^\top r_y, \qquad r_x = q \, \|r_y\|_1 / \|q\|_1
+        r_i = \sum_j r_j \frac{|c_{ji}|}{\sum_k |c_{jk}|} \quad \text{(spatial maps)}, \qquad
+        r_i = \sum_j r_j \frac{c_{ji}}{\sum_k |c_{jk}|} \quad \text{(dense maps)}
 
-    so that the absolute mass is carried exactly and nothing is divided by a single
-    pre-activation. At a skip connection it is shared in proportion to the absolute values of
-    the summands. There is no hyperparameter. The definition is one consistent with the
-    paper's abstract; see ``docs/method.md``.
+    Nothing in a divisor cancels, and every share lies in [-1, 1]. A skip connection follows the
+    same law. There is no hyperparameter. The definition is one consistent with the paper's
+    abstract; see ``docs/method.md``.
 
     The model is captured once per signature of its arguments by ``torch.export`` and never
     touched: no hooks, no attributes, no change of weights, flags or mode. Several threads may
@@ -250,13 +251,13 @@ class RelativeLRP(_Explainer, Attribution):
             asked for:
 
             - **attributions**: Relevance of each input element, of the inputs' shape,
-              dtype and device, contiguous and detached. Its unit is a share of the one unit
-              put on the target: the absolute values of an example sum to 1 in a
-              network without merges, and at most to 1 otherwise. Of integers it is float32.
-            - **delta** (*Tensor*): Shape (batch,). The largest relative violation, over
-              the sections, of the local law
-              :math:`|\sum_i q_i - \sum_j (y_j - b_j) r_j| / \|q\|_1`: rounding error only,
-              about 1e-6 in float32.
+              dtype and device, contiguous and detached; float32 for float16, whose least
+              number is above most shares, and for integers. Its unit is a share of the one
+              unit put on the target: the absolute values of an example sum to 1 at most.
+            - **delta** (*Tensor*): Shape (batch,). The largest relative violation, over all
+              linear maps, of :math:`\sum_i r_i = \sum_j r_j` (in dense maps
+              :math:`\sum_j r_j (y_j - b_j) / \sum_k |c_{jk}|`): rounding error only, about
+              1e-6 in float32.
 
         Raises:
 
@@ -319,9 +320,10 @@ class LayerRelativeLRP(_Explainer, LayerAttribution):
     Relevance at the outputs or inputs of layers, by the same propagation as
     :class:`RelativeLRP` and in one pass however many layers are asked for.
 
-    A layer inside a linear section (a convolution before its batch norm, say) gets the section's
+    A layer inside the final section (the linear maps that end at the output) gets the section's
     rule up to that point: with v its value and J' the rest of the section,
-    :math:`v \odot J'^\top r_y`, carried to the same mass.
+    :math:`v \odot J'^\top r`, divided by its absolute sum. A convolution in front of its batch
+    norm has the relevance of the norm's output, because the norm passes it on.
 
     Args:
 
@@ -499,12 +501,17 @@ class LayerRelativeLRP(_Explainer, LayerAttribution):
 
 
 def _finish(part: Tensor, dtype: torch.dtype) -> Tensor:
-    return part.to(dtype).contiguous()
+    return part.to(_wide_enough(dtype)).contiguous()
+
+
+def _wide_enough(dtype: torch.dtype) -> torch.dtype:
+    """float32 for float16: shares of a unit are often less than the least that it holds, 6e-8."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _dtype_of(x: Tensor) -> torch.dtype:
     """That of the relevance at an input."""
-    return x.dtype if x.is_floating_point() else torch.float32
+    return _wide_enough(x.dtype) if x.is_floating_point() else torch.float32
 
 
 def _delta_dtype(x: Tensor) -> torch.dtype:

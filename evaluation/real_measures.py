@@ -70,6 +70,8 @@ def figures(explain: Explain, of: Subject, by_mean: bool = True) -> Figures:
     """SRG by blur and by mean for each picture, the grid's share for each mosaic."""
     blocks = zip(of.inputs.split(BLOCK), of.labels.split(BLOCK), strict=True)
     maps = torch.cat([explain(x, target).detach() for x, target in blocks])
+    if not maps.flatten(1).isfinite().all(1).any():
+        raise ValueError("no map is finite")
     found = {
         "srg": gain(of, maps, smooth(of.inputs, of.protocol.sigma)).tolist(),
         "grid": [grid(explain, of, chosen) for chosen in of.mosaics],

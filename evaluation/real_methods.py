@@ -93,7 +93,7 @@ METHODS: dict[str, Callable[[str, nn.Module], Explain]] = {
     "EpsilonGammaBox": zennit("EpsilonGammaBox"),
     "α2β1": zennit("EpsilonAlpha2Beta1"),
     "Grad-CAM": grad_cam,
-    "integrated gradients": captum(IntegratedGradients, n_steps=STEPS, internal_batch_size=64),
+    "integrated gradients": captum(IntegratedGradients, n_steps=STEPS, internal_batch_size=8),
     "input×gradient": captum(InputXGradient),
     "gradient": captum(Saliency),
     "autoLRP": auto_lrp,

@@ -386,7 +386,8 @@ def test_half_precision_has_no_nan(dtype: torch.dtype) -> None:
     attribution, delta = RelativeLRP(model.to(dtype)).attribute(
         x.to(dtype), [1, 4], return_convergence_delta=True
     )
-    assert attribution.dtype == dtype
+    # Shares are often less than the least number of float16.
+    assert attribution.dtype == (torch.float32 if dtype == torch.float16 else dtype)
     assert attribution.isfinite().all()
     assert delta.isfinite().all()
     assert attribution.double().abs().sum((1, 2, 3)).max() <= 1.02

@@ -37,7 +37,8 @@ class Trial:
         self.output = self._run(args)
 
     def _run(self, args: Sequence[Any], seed: int = 0) -> Tensor:
-        devices = {a.device for a in args if isinstance(a, Tensor) and a.is_cuda}
+        tensors = [a for a in args if isinstance(a, Tensor)] if torch.cuda.is_available() else []
+        devices = {a.device for a in tensors if a.is_cuda}
         try:
             with torch.random.fork_rng(devices), torch.no_grad():
                 # Of the forked generators: the user's numbers stay in order.
