@@ -229,6 +229,51 @@ def test_buffers_and_dictionaries_stay_as_they_are() -> None:
     assert model.cache == {"nested": {}}
 
 
+class Store:
+    """An object that keeps what it is handed, and more of its kind."""
+
+    def __init__(self) -> None:
+        self.last: Any = None
+        self.all: list[Any] = []
+        self.inner: Store | None = None
+
+
+def test_objects_that_the_model_keeps_stay_as_they_are() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        s.store.last = x
+        s.store.inner.all.append(x)
+        return s.o(x)
+
+    model = of(forward, o=nn.Linear(4, 2))
+    model.store = Store()
+    model.store.inner = Store()
+    explained(model, X)
+    assert model.store.last is None
+    assert not model.store.inner.all
+
+
+def test_activations_kept_by_an_object_carry_relevance() -> None:
+    """As networks built with hooks keep their skip connections."""
+    store = Store()
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        return s.o(torch.cat([s.b(s.a(x)).relu(), s.store.last], 1))
+
+    model = of(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 4), o=nn.Linear(8, 2))
+    model.store = store
+    model.a.register_forward_hook(lambda m, a, o: setattr(store, "last", o))
+    plain = of(
+        lambda s, x: (lambda h: s.o(torch.cat([s.b(h).relu(), h], 1)))(s.a(x)),
+        a=model.a,
+        b=model.b,
+        o=model.o,
+    )
+    found = explained(model, X)
+    model.a._forward_hooks.clear()
+    agree(found, explained(plain, X))
+    assert store.last is None
+
+
 def test_random_numbers_of_the_user_stay_in_order() -> None:
     model = of(lambda s, x: s.o(x * torch.bernoulli(torch.full((4,), 0.5))), o=nn.Linear(4, 2))
     torch.manual_seed(5)

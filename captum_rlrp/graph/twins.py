@@ -23,6 +23,7 @@ from .form import Form
 aten = torch.ops.aten
 
 _CONTAINERS = (dict, list, set, collections.OrderedDict, collections.defaultdict, collections.deque)
+_DEEPEST = 6  # objects within objects
 _LONGEST = 10_000  # a container with more items than that is data, not a place to keep activations
 
 
@@ -68,6 +69,7 @@ class _Twins:
     def __init__(self, model: nn.Module, layers: Collection[nn.Module], own_buffers: bool) -> None:
         self._layers = layers
         self._own_buffers = own_buffers
+        self._depth = 0
         # Objects are kept along with their twins, for an id must not come again meanwhile.
         self._known: dict[int, tuple[Any, Any]] = {}
         self._owners = {id(owner): owner for m in model.modules() for owner in _hook_owners(m)}
@@ -93,7 +95,7 @@ class _Twins:
             return self._note(value, made)
         if isinstance(value, types.FunctionType):
             return self._function(value)
-        if id(value) in self._owners:
+        if id(value) in self._owners or _is_plain_object(value):
             return self._object(value)
         return value
 
@@ -183,9 +185,20 @@ class _Twins:
         return made
 
     def _object(self, value: Any) -> Any:
-        made = self._note(value, copy.copy(value))
+        """An object of the user's own, which may keep what forward hands it."""
+        if self._depth >= _DEEPEST:
+            return value
+        try:
+            made = copy.copy(value)
+        except Exception:  # whatever its own way of being copied leads to
+            return value
+        if made is value or type(made) is not type(value):
+            return value
+        self._note(value, made)
+        self._depth += 1
         for name, item in vars(value).items():
             made.__dict__[name] = self.of(item)
+        self._depth -= 1
         return made
 
 
