@@ -28,7 +28,8 @@ from .graph.layers import layer_calls, leaf_calls, module_names, tied_names
 from .inputs import batch_of, check_inputs, named_inputs
 from .kernels import get_backend, is_reference_forced
 from .plan.steps import Final
-from .run.engine import Captured, Engine
+from .run.capturing import Captured
+from .run.engine import Engine
 from .run.recording import Recordings
 from .targets import any_target, at_hand, region, several, start_at
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 from captum_rlrp.graph.capture import CapturedGraph, capture
-from captum_rlrp.run import engine
+from captum_rlrp.run import capturing
 
 settings.register_profile(
     "captum_rlrp",
@@ -66,5 +66,5 @@ def captured_once(monkeypatch: pytest.MonkeyPatch) -> list[CapturedGraph]:
             known.append(capture(*args))
         return known[0]
 
-    monkeypatch.setattr(engine, "capture", once)
+    monkeypatch.setattr(capturing, "capture", once)
     return known

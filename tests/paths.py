@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from captum_rlrp import RelativeLRP
 from captum_rlrp.graph.capture import CapturedGraph
-from captum_rlrp.run import engine
+from captum_rlrp.run import capturing
 from tests.oracle import relative_error
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -22,7 +22,7 @@ DELTA = {torch.float64: 1e-10, torch.float32: 1e-3}
 @contextmanager
 def one_capture() -> Iterator[None]:
     """Capture takes most of the time; the backends share it."""
-    capture = engine.capture  # what a fixture may have replaced
+    capture = capturing.capture  # what a fixture may have replaced
     known: dict[Any, CapturedGraph] = {}
 
     def once(model: nn.Module, args: Sequence[Any], batch: int | None, *more: Any) -> Any:
@@ -30,7 +30,7 @@ def one_capture() -> Iterator[None]:
             known[batch] = capture(model, args, batch, *more)
         return known[batch]
 
-    with mock.patch.object(engine, "capture", once):
+    with mock.patch.object(capturing, "capture", once):
         yield
 
 

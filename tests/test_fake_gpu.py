@@ -21,7 +21,7 @@ from torchvision import models
 from captum_rlrp import RelativeLRP
 from captum_rlrp.graph.twins import twin
 from captum_rlrp.kernels import extension
-from captum_rlrp.run import engine
+from captum_rlrp.run import capturing, engine
 from captum_rlrp.run.recording import Recordings
 
 from .test_recording import FakeTape
@@ -106,7 +106,7 @@ def without_values(monkeypatch: pytest.MonkeyPatch) -> None:
         return int(x.untyped_storage()._cdata)
 
     monkeypatch.setattr(engine, "_is_sound", lambda *_: True)
-    monkeypatch.setattr(engine, "Trial", Untried)
+    monkeypatch.setattr(capturing, "Trial", Untried)
     monkeypatch.setattr(torch.autograd, "grad", gradient)
     monkeypatch.setattr(FakeTensor, "data_ptr", place, raising=False)
     monkeypatch.setattr(torch.UntypedStorage, "data_ptr", lambda storage: storage._cdata)

@@ -51,4 +51,4 @@ def test_imports_go_down(path: Path) -> None:
 
 
 def test_it_sees_imports() -> None:
-    assert ("graph", "capture") in set(imports(ROOT / "run" / "engine.py"))
+    assert ("graph", "capture") in set(imports(ROOT / "run" / "capturing.py"))

@@ -14,7 +14,7 @@ from torchvision import models
 from captum_rlrp import LayerRelativeLRP, RelativeLRP
 from captum_rlrp.errors import CaptureError
 from captum_rlrp.plan.portions import divide, find_portion
-from captum_rlrp.run import engine
+from captum_rlrp.run import capturing
 from captum_rlrp.run.program import Program
 from tests.oracle import randomise_norms, relative_error
 from tests.random_graphs import random_graph
@@ -83,7 +83,7 @@ def test_a_mixing_model_is_not_divided(name: str) -> None:
 
 def sizes_of_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Portions of two, and how many samples each run has."""
-    monkeypatch.setattr(engine, "find_portion", lambda *_: find_portion(*_) and 2)
+    monkeypatch.setattr(capturing, "find_portion", lambda *_: find_portion(*_) and 2)
     sizes, propagate = [], Program.propagate
 
     def noted(program: Program, run: Any, start: Any, column: Any, batch: int, delta: bool) -> Any:

@@ -22,7 +22,8 @@ from ..graph.layers import layer_calls, leaf_calls, module_names
 from ..inputs import check_inputs
 from ..kernels import get_backend, is_reference_forced
 from ..plan.steps import Final, Plan
-from ..run.engine import Captured, Engine
+from ..run.capturing import Captured
+from ..run.engine import Engine
 from ..targets import start_at
 from .flow import draw_flow
 from .significance import benjamini_hochberg, holm, two_sided_p

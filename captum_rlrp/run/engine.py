@@ -5,7 +5,6 @@ Knows neither Captum nor targets; :mod:`captum_rlrp.attribution` adds those.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import math
 import threading
@@ -15,92 +14,27 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves
 
-from ..errors import CaptureError, InputError, NonFiniteError
-from ..graph.active import is_number
+from ..errors import CaptureError, NonFiniteError
 from ..graph.capture import (
     CAPTURING,
-    CapturedGraph,
-    capture,
-    carries_batch,
-    check_eval_mode,
-    flatten_arguments,
 )
-from ..graph.fingerprint import Fingerprint
 from ..graph.form import PLAIN, Form
-from ..graph.mixing import check_apart
-from ..graph.tokens import at_numbers, embeddings
-from ..kernels import reference
-from ..plan.fusion import fuse
-from ..plan.portions import divide, find_portion
-from ..plan.steps import Plan, plan
-from .arguments import Batched, device_of, guesses, signature, take
-from .program import Program, Result, find_non_finite
+from ..graph.tokens import at_numbers
+from ..plan.portions import divide
+from .arguments import device_of, signature, take
+from .capturing import Captured, Capturing, WantedFunction, no_autocast
+from .program import Result, find_non_finite
 from .recording import Begin, Recordings, Task
-from .trial import Trial
 
 _CACHED_PROGRAMS = 32
 
-# Integer input → the values that it becomes, each with its indices.
-Becomes = dict[Node, list[tuple[Node, Node]]]
 # Relevance at the output and, where it is one-hot along dimension 1, the column of each sample.
 Start = tuple[Tensor, Tensor | None]
 StartFunction = Callable[[Tensor, slice], Start]
-WantedFunction = Callable[[CapturedGraph, Sequence[Node]], list[Node]]
-
-
-@dataclass(frozen=True)
-class Captured:
-    """A program with what must hold for it to be used again.
-
-    Attributes:
-        program: What runs.
-        plain: The same on the reference kernels, unfused: for numbers that leave float32's range.
-        explained: The explained inputs.
-        wanted: The values whose relevance is asked for.
-        parameters: What the program reads of the model anew at every run.
-        modules: What it took from the model's modules.
-        portion: The most samples that are to go through at a time.
-    """
-
-    program: Program
-    plain: Program
-    explained: tuple[Node, ...]
-    wanted: tuple[Node, ...]
-    becomes: Becomes
-    parameters: tuple[tuple[str, Node, torch.Size, torch.dtype, torch.device], ...]
-    fingerprint: Fingerprint
-    portion: int | None
-    batched: Batched
-    only: int | None  # the one batch size it was checked for
-
-    def admits(self, batch: int) -> bool:
-        """Whether it holds for a batch of this size."""
-        return self.only in (None, batch) and self.program.graph.admits(batch)
-
-    @property
-    def per_sample(self) -> bool:
-        """Captured for a batch of one: samples go through one by one."""
-        return self.program.graph.batch is None
-
-    def bind(self, model: nn.Module) -> dict[Node, Tensor] | None:
-        """The parameters as they are now; None where they do not fit the program any more."""
-        if not self.fingerprint.fits(model):
-            return None
-        values = {}
-        try:
-            for name, node, shape, dtype, device in self.parameters:
-                value = values[node] = _attribute(model, name)
-                if value.shape != shape or value.dtype != dtype or value.device != device:
-                    return None
-        except AttributeError:
-            return None
-        return values
 
 
 @dataclass(frozen=True)
@@ -111,7 +45,7 @@ class Explanation:
     delta: Tensor | None
 
 
-class Engine:
+class Engine(Capturing):
     """Runs Relative LRP on one model, from any number of threads.
 
     Args:
@@ -275,160 +209,6 @@ class Engine:
             )
         return made, parameters
 
-    def _holds_for(self, found: Captured, args: Sequence[Any], batch: int, form: Form) -> bool:
-        """Whether what was captured with one sample holds for several."""
-        if found.per_sample or not found.program.graph.admits(batch):
-            return False
-        return self.allow_random or Trial(self.model, form, args).tells_apart(batch, found.batched)
-
-    def _capture(
-        self,
-        args: Sequence[Any],
-        explained: int,
-        batch: int,
-        wanted: WantedFunction | None,
-        form: Form,
-    ) -> Captured:
-        check_eval_mode(self.model)
-        trial = Trial(self.model, form, args)
-        if batch > 1 and trial.output.shape[:1] == (1,):
-            raise InputError(
-                f"{type(self.model).__name__} returns shape {tuple(trial.output.shape)} for a "
-                f"batch of {batch}; an explanation needs one row of scores per sample."
-            )
-        graph, batched = self._graph(trial, explained, batch, form)
-        try:
-            made, taps, becomes = self._planned(graph, explained, wanted)
-        except CaptureError:
-            if batch > 1 or graph.batch is None:
-                raise
-            # A model that cuts its batch of one still explains that one.
-            graph = self._only(args, batch, form)
-            made, taps, becomes = self._planned(graph, explained, wanted)
-        reachable = [tap for tap in taps if tap in made.layouts]
-        plain = Program(graph, made, reference, reachable)
-        instructions = None
-        if self.fuses:
-            made, instructions = fuse(graph, made, taps)
-        reachable = [tap for tap in taps if tap in made.layouts]
-        program = Program(graph, made, self.kernels, reachable, instructions)
-        parameters = tuple(
-            (name, node, value.shape, value.dtype, value.device)
-            for node, name in graph.parameters.items()
-            for value in (_attribute(self.model, name),)
-        )
-        divides = self.fuses and device_of(args) == "cpu"
-        portion = find_portion(graph, made.layouts) if divides else None
-        asked = tuple(taps) if wanted else graph.inputs[:explained]
-        captured = Captured(
-            program, plain, graph.inputs[:explained], asked, becomes, parameters,
-            Fingerprint(self.model, trial.root.model), portion, tuple(batched),
-            batch if batch == 1 or batched != carries_batch(args, batch) else None,
-        )  # fmt: skip
-        self._compare(trial, captured, batch)
-        return captured
-
-    def _graph(
-        self, trial: Trial, explained: int, batch: int, form: Form
-    ) -> tuple[CapturedGraph, Batched]:
-        """The graph, and which arguments belong to the samples, of which none sees another."""
-        args = trial.args
-        likely, *others = guesses(args, batch, explained)
-        checks = batch > 1 and not self.allow_random and any(tree_leaves(likely[:explained]))
-        apart = [b for b in (likely, *others) if not checks or trial.tells_apart(batch, b)]
-        failed: CaptureError | None = None
-        for batched in apart or [likely]:
-            try:
-                graph = self._traced(args, batch, form, batched)
-            except CaptureError as error:
-                failed = failed or error
-                continue
-            if graph.batch is None:
-                continue
-            # A forward that asks how many samples there are cannot be asked about one of them.
-            if not apart and not (graph.guards and trial.tells_apart(batch, batched, True)):
-                break
-            if not graph.admits(batch):  # traced with two samples, which go another way
-                return self._only(args, batch, form), batched
-            return graph, batched
-        if apart:
-            return self._single(args, batch, apart[0], form, failed), apart[0]
-        if failed is not None and not trial.is_random():
-            failed = None
-        raise failed or CaptureError(
-            f"{type(self.model).__name__} mixes the samples of a batch: the first or the last of "
-            f"the {batch} comes out otherwise by itself, so there is no explanation per sample. "
-            "Something in forward runs along dimension 0 (a softmax, a sort, a mean over the "
-            "batch) or depends on the number of samples. Explain them one by one, or rewrite it."
-        )
-
-    def _planned(
-        self, graph: CapturedGraph, explained: int, wanted: WantedFunction | None
-    ) -> tuple[Plan, list[Node], Becomes]:
-        nodes = graph.inputs[:explained]
-        becomes: Becomes = {}
-        if wanted is None:
-            taps = [node for node in nodes if is_number(node)]
-            for node in nodes:
-                if not is_number(node):
-                    becomes[node] = embeddings(graph, nodes, node)
-                    taps += [value for value, _ in becomes[node]]
-        else:
-            taps = wanted(graph, nodes)
-        used = set(graph.nodes)
-        made = plan(graph, nodes, [tap for tap in taps if tap in used])
-        check_apart(graph, made.layouts)
-        return made, taps, becomes
-
-    def _traced(
-        self, args: Sequence[Any], batch: int | None, form: Form, batched: Batched | None = None
-    ) -> CapturedGraph:
-        layers = self._layers()
-        return capture(self.model, args, batch, layers, form, batched, self.allow_random)
-
-    def _only(self, args: Sequence[Any], batch: int, form: Form) -> CapturedGraph:
-        """The graph for a batch of exactly this size, seen as one sample."""
-        only = sympy.Eq(sympy.Symbol("batch"), batch)
-        return replace(self._traced(args, None, form), guards=(only,))
-
-    def _single(
-        self,
-        args: Sequence[Any],
-        batch: int,
-        batched: Batched,
-        form: Form,
-        error: CaptureError | None,
-    ) -> CapturedGraph:
-        """The model fixes its batch size: it may still run on one sample at a time."""
-        one = [take(arg, slice(0, 1), b) for arg, b in zip(args, batched, strict=True)]
-        try:
-            Trial(self.model, form, one)  # fills what the model caches for this size
-            return self._traced(one, None, form)
-        except (CaptureError, InputError) as second:
-            if error is not None:
-                raise error from None
-            raise CaptureError(
-                f"{type(self.model).__name__} runs for a batch of {batch} only (its forward fixes "
-                f"the batch size, in a reshape perhaps): {second}"
-            ) from second
-
-    def _layers(self) -> list[nn.Module]:
-        if self.layers is None:
-            return [m for m in self.model.modules() if not any(True for _ in m.children())]
-        return [self.model.get_submodule(name) for name in self.layers]
-
-    def _compare(self, trial: Trial, captured: Captured, batch: int) -> None:
-        """Whether the graph computes what the model does."""
-        if self.allow_random or (captured.per_sample and batch > 1):
-            return
-        parameters = captured.bind(self.model)
-        if parameters is None:
-            return
-        with torch.no_grad(), no_autocast(trial.args), self._memory:
-            values = self._values(captured, parameters, trial.args)
-            run = captured.program.forward(values)
-            trial.check(run.values[run.output])
-
     # ---- run ----------------------------------------------------------------------------------
 
     def _run(
@@ -490,16 +270,6 @@ class Engine:
                 part = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
             parts.append(part)
         return parts
-
-    def _values(
-        self, captured: Captured, parameters: dict[Node, Tensor], args: Sequence[Any]
-    ) -> dict[Node, Any]:
-        """The values of the graph's placeholders."""
-        graph = captured.program.graph
-        values: dict[Node, Any] = {**graph.constants, **parameters}
-        for node, value in zip(graph.inputs, flatten_arguments(args), strict=True):
-            values[node] = value.detach() if isinstance(value, Tensor) else value
-        return values
 
     def _run_wide(self, task: Task) -> Result:
         """The same in float64, for relevance that nearly vanishes and values far from 1.
@@ -576,24 +346,3 @@ def _stacked(found: Sequence[Explanation]) -> Explanation:
     return Explanation(
         [torch.stack(parts, 1) for parts in pairs], torch.stack(deltas, 1) if deltas else None
     )
-
-
-def no_autocast(args: Sequence[Any]) -> Any:
-    """The captured graph holds the casts it needs; an ambient autocast would add others."""
-    device = device_of(args)
-    if not torch.is_autocast_enabled(device):
-        return contextlib.nullcontext()
-    return torch.autocast(device, enabled=False)
-
-
-def _attribute(model: nn.Module, name: str) -> Tensor:
-    *path, last = name.split(".")
-    module: Any = model
-    for part in path:
-        module = module._modules[part] if part in module._modules else getattr(module, part)
-    value = module._parameters.get(last)
-    if value is None:
-        value = module._buffers.get(last)
-    if value is None:
-        value = getattr(module, last)
-    return value
