@@ -209,7 +209,9 @@ class RelativeLRP(_Explainer, Attribution):
                     dimension 0 is the batch, aligned over all of them. Integers (tokens,
                     categories) are explained where the model embeds them, one number for each.
                     A dict goes to forward by name, or as one dict where forward has no such
-                    parameters. A batch of 0 gives an empty result.
+                    parameters. A batch of 0 gives an empty result. Of a graph network (one that
+                    is given pairs of node numbers) dimension 0 are the nodes, and the target
+                    is one integer for all graphs.
 
             target (int, tuple, Tensor, or list, optional): The output to explain, in
                     any of Captum's forms:

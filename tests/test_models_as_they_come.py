@@ -475,3 +475,50 @@ def test_operations_written_out(name: str) -> None:
 def test_equal_factors_take_equal_parts() -> None:
     model = of(lambda s, x: x.prod(1, keepdim=True))
     agree(explained(model, X).abs(), torch.full((3, 4), 0.25))
+
+
+# ---- graph networks ------------------------------------------------------------------------------
+
+
+class GraphNetwork(nn.Module):
+    """Two rounds of messages, and the mean of each graph's nodes, as graph libraries write them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def spread(self, x: Tensor, edges: Tensor) -> Tensor:
+        source, target = edges
+        messages = x.index_select(0, source)
+        index = target[:, None].expand_as(messages)
+        return torch.zeros_like(x).scatter_add(0, index, messages)
+
+    def forward(self, x: Tensor, edges: Tensor, graph: Tensor, count: int) -> Tensor:
+        x = self.spread(self.first(x), edges).relu()
+        x = self.spread(self.second(x), edges).relu()
+        zeros = x.new_zeros(count, x.shape[1])
+        index = graph[:, None].expand_as(x)
+        return self.head(zeros.scatter_reduce(0, index, x, "mean", include_self=False))
+
+
+def test_graphs_with_a_batch_vector() -> None:
+    torch.manual_seed(0)
+    model = GraphNetwork().eval()
+    a = (torch.randn(4, 4), torch.tensor([[0, 1, 2, 3, 0], [1, 2, 3, 0, 2]]))
+    b = (torch.randn(3, 4), torch.tensor([[0, 1, 2], [1, 0, 0]]))
+    alone = [
+        explained(model, x, 1, additional_forward_args=(edges, torch.zeros(len(x)).long(), 1))
+        for x, edges in (a, b)
+    ]
+    edges = torch.cat([a[1], b[1] + 4], 1)
+    graph = torch.tensor([0] * 4 + [1] * 3)
+    both, delta = explained(
+        model,
+        torch.cat([a[0], b[0]]),
+        1,
+        additional_forward_args=(edges, graph, 2),
+        return_convergence_delta=True,
+    )
+    assert all(part.abs().sum() > 0 for part in alone)
+    assert delta.shape == (2,)
+    agree(both, torch.cat(alone))

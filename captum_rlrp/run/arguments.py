@@ -75,6 +75,18 @@ def guesses(args: Sequence[Any], batch: int, explained: int) -> Iterator[Batched
             yield tree_unflatten(changed, spec)
 
 
+def has_edges(additional: Sequence[Any]) -> bool:
+    """Whether there are pairs of node numbers among the arguments, as graph networks take them."""
+    leaves = tree_flatten(list(additional))[0]
+    return any(
+        isinstance(leaf, Tensor)
+        and leaf.dim() == 2
+        and leaf.shape[0] == 2
+        and leaf.dtype in (torch.int64, torch.int32)
+        for leaf in leaves
+    )
+
+
 def device_of(args: Sequence[Any]) -> str:
     """The type of the device that the arguments are on."""
     leaves = tree_flatten(list(args))[0]

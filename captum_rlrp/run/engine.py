@@ -127,6 +127,9 @@ class Engine(Capturing):
         args = (*inputs, *additional)
         batch = len(inputs[0]) if batch is None else batch
         captured, parameters = self._bound(args, len(inputs), batch, wanted, key, form)
+        if captured.rows is not None:
+            with self._memory:
+                return self._run_graphs(captured, parameters, args, start, measure_delta)
         size, portion = internal_batch_size or batch, captured.portion or batch
         if captured.per_sample:
             size = 1
@@ -208,6 +211,25 @@ class Engine(Capturing):
                 "perhaps. Explain it again when nothing changes its modules."
             )
         return made, parameters
+
+    def _run_graphs(
+        self,
+        captured: Captured,
+        parameters: dict[Node, Tensor],
+        args: Sequence[Any],
+        start: StartFunction | Sequence[StartFunction],
+        measure_delta: bool,
+    ) -> Explanation:
+        """The graphs of one call, each in a pass of its own; no node is of two graphs."""
+        assert captured.rows is not None
+        parts = [
+            self._run(captured, parameters, args, slice(0, 1), _of_row(start, row), measure_delta)
+            for row in range(captured.rows)
+        ]
+        pairs = zip(*(part.relevance for part in parts), strict=True)
+        relevance = [sum(values[1:], values[0]) for values in pairs]
+        deltas = [part.delta for part in parts if part.delta is not None]
+        return Explanation(relevance, torch.cat(deltas) if deltas else None)
 
     # ---- run ----------------------------------------------------------------------------------
 
@@ -330,6 +352,20 @@ def _widened(begin: Begin) -> Begin:
 def _at(start: StartFunction, rows: slice) -> Begin:
     """The start for these rows."""
     return lambda output: start(output, rows)
+
+
+def _of_row(start: StartFunction | Sequence[StartFunction], row: int) -> Any:
+    """The start in one row of the output, where the others belong to other graphs."""
+    if not callable(start):
+        return [_of_row(one, row) for one in start]
+
+    def begin(output: Tensor, rows: slice) -> Start:
+        own, _ = start(output[row : row + 1], slice(row, row + 1))
+        whole = own.new_zeros(output.shape)
+        whole[row : row + 1] = own
+        return whole, None
+
+    return begin
 
 
 def _within(start: StartFunction | Sequence[StartFunction], first: int) -> Any:
