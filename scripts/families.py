@@ -12,11 +12,15 @@ goes on where it stopped; ``scripts/coverage.py`` puts the rows into ``docs/cove
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import re
 import subprocess
 import sys
 import time
 import warnings
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +244,10 @@ def section() -> str:
     if not known:
         return ""
     good = sum(passes(row) for row in known.values())
+    versions = []
+    for package in ("torch", "transformers", "timm"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions.append(f"{package} {version(package)}")
     lines = [
         "## Families of Hugging Face and timm",
         "",
@@ -248,14 +256,16 @@ def section() -> str:
         "configurations and are explained as they are, from token numbers to logits; timm's are "
         "the smallest of each family, with random statistics. *first*: seconds for the first call, "
         "capture included. *agree*: largest difference between reference and compiled backend, "
-        "over the largest relevance; deep random networks amplify rounding.",
+        "over the largest relevance; deep random networks amplify rounding. The seconds are of one "
+        f"CPU thread, other work on the machine. {', '.join(versions)}, {date.today()}. What took "
+        "too long has no small model in its family.",
         "",
         "| family | model | first | Σ\\|R\\| | delta | agree |",
         "|---|---|---|---|---|---|",
     ]
     for name, row in sorted(known.items()):
         if "error" in row:
-            error = row["error"].replace("|", "\\|").replace(str(ROOT), "…")
+            error = re.sub(r"/\S*/(?=[\w.]+)", "…/", row["error"].replace("|", "\\|"))
             lines.append(f"| {name} | | | | | **{error}** |")
             continue
         failed = "" if passes(row) else " **not all**"
