@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_rlrp import NonFiniteError, RelativeLRP
+from captum_rlrp.run import engine, wide
 from tests.oracle import relative_error
 from tests.paths import all_paths
 
@@ -167,6 +168,31 @@ def test_a_convolution_dead_for_one_sample() -> None:
     assert not attribution[1].any()
     mass = attribution.abs().flatten(1).sum(1)
     assert (mass[[0, 2]] > 0.1).all()
+
+
+@pytest.mark.parametrize("target", [1, [[1, 0], [2, 1], [0, 2], [1, 1]]])
+def test_only_a_dead_sample_runs_in_float64(target, monkeypatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
+    ).eval()
+    x = torch.rand(4, 2, 6, 6)
+    x[2] = 0
+    batches = []
+    monkeypatch.setattr(
+        engine, "run_wide", lambda task: (batches.append(task.batch), wide.run_wide(task))[1]
+    )
+    for measured in (False, True):
+        batches.clear()
+        result = RelativeLRP(model).attribute(x, target, return_convergence_delta=measured)
+        found, delta = result if measured else (result, torch.zeros(1))
+        assert set(batches) == {1}
+        assert float(delta.max()) < 1e-5
+        assert found.dtype == torch.float32
+        expected = RelativeLRP(model.double()).attribute(x.double(), target)
+        model.float()
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
+        assert (found[2] == 0).all()
 
 
 # ---- numbers near the ends of the range ----------------------------------------------------------

@@ -6,10 +6,9 @@ Knows neither Captum nor targets; :mod:`captum_rlrp.attribution` adds those.
 from __future__ import annotations
 
 import importlib
-import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -18,17 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from ..errors import CaptureError, NonFiniteError
-from ..graph.capture import (
-    CAPTURING,
-)
+from ..errors import CaptureError
+from ..graph.capture import CAPTURING
 from ..graph.form import PLAIN, Form
 from ..graph.tokens import at_numbers
 from ..plan.portions import divide
 from .arguments import device_of, signature, take
 from .capturing import Captured, Capturing, WantedFunction, no_autocast
-from .program import Result, find_non_finite
-from .recording import Begin, Recordings, Task
+from .program import Result
+from .recording import Begin, Outcome, Recordings, Task
+from .wide import run_wide, unsound
 
 _CACHED_PROGRAMS = 32
 
@@ -257,10 +255,8 @@ class Engine(Capturing):
                 measure_delta,
             )
             if callable(start):
-                result, totals = self.recordings.run(task) if self.recordings else task.run()
-                if not _is_sound(totals, result):
-                    result = self._run_wide(replace(task, program=captured.plain))
-                return Explanation(self._parts(captured, values, result), result.delta)
+                outcome = self.recordings.run(task) if self.recordings else task.run()
+                return self._trusted(captured, parameters, args, rows, start, task, outcome)
             run = task.forward()
             output = run.values[run.output]
             found = []
@@ -269,15 +265,47 @@ class Engine(Capturing):
                 again = replace(
                     run, values=dict(run.values), scratch=dict(run.scratch), checked=[*run.checked]
                 )
-                from_here = _at(begin, rows)
-                result, totals = task.back(again, *from_here(output))
-                if not _is_sound(totals, result):
-                    wide = replace(task, program=captured.plain, begin=from_here)
-                    result = self._run_wide(wide)
-                found.append(Explanation(self._parts(captured, values, result), result.delta))
+                task = replace(task, begin=_at(begin, rows))
+                outcome = task.back(again, *task.begin(output))
+                found.append(self._trusted(captured, parameters, args, rows, begin, task, outcome))
         return _stacked(found)
 
-    def _parts(self, captured: Captured, values: dict[Node, Any], result: Result) -> list[Tensor]:
+    def _trusted(
+        self,
+        captured: Captured,
+        parameters: dict[Node, Tensor],
+        args: Sequence[Any],
+        rows: slice,
+        start: StartFunction,
+        task: Task,
+        outcome: Outcome,
+    ) -> Explanation:
+        """What came of a task; samples that float32 could not hold are explained in float64."""
+        result, weak = outcome[0], unsound(outcome, task.batch)
+        graph = captured.program.graph
+        if len(weak) == task.batch or (weak and (graph.guards or not captured.admits(1))):
+            result = run_wide(replace(task, program=captured.plain))
+            weak = []
+        found = Explanation(self._parts(captured, task.values, result), result.delta)
+        for i in weak:
+            one = slice(i, i + 1)
+            some = [take(arg, one, b) for arg, b in zip(args, captured.batched, strict=True)]
+            values = self._values(captured, parameters, some)
+            begin = _at(start, slice(rows.start + i, rows.start + i + 1))
+            wide = run_wide(
+                Task(captured.plain, values, {}, task.explained, begin, 1, task.measure_delta)
+            )
+            for whole, part in zip(
+                found.relevance, self._parts(captured, values, wide), strict=True
+            ):
+                whole[one] = part
+            if found.delta is not None and wide.delta is not None:
+                found.delta[one] = wide.delta
+        return found
+
+    def _parts(
+        self, captured: Captured, values: Mapping[Node, Any], result: Result
+    ) -> list[Tensor]:
         """Relevance at the values asked for."""
         graph, parts = captured.program.graph, []
         for node in captured.wanted:
@@ -292,61 +320,6 @@ class Engine(Capturing):
                 part = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
             parts.append(part)
         return parts
-
-    def _run_wide(self, task: Task) -> Result:
-        """The same in float64, for relevance that nearly vanishes and values far from 1.
-
-        Raises:
-            NonFiniteError: Where that does not help, naming the cause.
-        """
-        for i, x in enumerate(task.values[node] for node in task.explained):
-            if x.is_floating_point() and not x.isfinite().all():
-                kind = "NaN" if x.isnan().any() else "infinite values"
-                sample = int((~x.isfinite()).flatten(1).any(1).nonzero()[0]) if x.dim() > 1 else 0
-                raise NonFiniteError(
-                    f"Input {i} contains {kind} (first in sample {sample}); an explanation needs "
-                    "finite inputs. Remove or impute them."
-                )
-        error = find_non_finite(task.program, task.values)
-        if error is not None:
-            raise error
-        result, totals = replace(task, begin=_widened(task.begin)).run()
-        if not all(map(math.isfinite, totals.tolist())):
-            raise NonFiniteError(
-                "Relevance overflowed although every value of the model is finite: the weights or "
-                "inputs are too large or too small even for float64. Rescale them."
-            )
-        for node, r in result.relevance.items():
-            dtype = node.meta["val"].dtype
-            if r is None or not dtype.is_floating_point:
-                continue
-            masses = r.abs().flatten(1).amax(1) if r.dim() > 1 else r.abs()
-            if bool(((masses > 0) & (masses < torch.finfo(dtype).tiny)).any()):
-                raise NonFiniteError(
-                    f"Relevance shrinks to {float(masses.min()):.1e} on its way to the input, less "
-                    f"than {dtype} can hold: contributions cancel in each of very many layers. "
-                    "Use float64 (model.double(), inputs.double())."
-                )
-        return result
-
-
-_RANGE = {torch.float32: (1e-25, 1e30), torch.float64: (0.0, 1e290)}
-
-
-def _is_sound(totals: Tensor, result: Result) -> bool:
-    """Whether all was finite, no divisor too small, and no sample's relevance vanished."""
-    wide = any(r is not None and r.dtype == torch.float64 for r in result.relevance.values())
-    least, most = _RANGE[torch.float64 if wide else torch.float32]
-    numbers = totals.tolist()
-    return all(map(math.isfinite, numbers)) and numbers[-2] >= least and max(numbers) < most
-
-
-def _widened(begin: Begin) -> Begin:
-    def wide(output: Tensor) -> tuple[Tensor, Tensor | None]:
-        start, column = begin(output)
-        return start.double(), column
-
-    return wide
 
 
 def _at(start: StartFunction, rows: slice) -> Begin:

@@ -218,13 +218,12 @@ def totals(run: Pass, values: Sequence[Tensor], result: Result) -> Tensor:
         result: What came of it.
 
     Returns:
-        In float64: the sum of each value, of :attr:`Pass.checked`, and the least and the largest of
-        the samples' absolute sums of relevance.
+        In float64: the sum of each value, of :attr:`Pass.checked`, and the absolute relevance
+        of each sample, summed.
     """
     checked = [torch.cat([c.double() for c in run.checked])] if run.checked else []
     masses = torch.zeros(run.batch, dtype=torch.float64, device=values[-1].device)
     for node, r in result.relevance.items():
         if r is not None:
             masses += run.samples_first(node, r).reshape(run.batch, -1).abs().sum(1)
-    ends = torch.stack([masses.amin(), masses.amax()])
-    return torch.cat([run.kernels.sums([*values, *checked]), ends])
+    return torch.cat([run.kernels.sums([*values, *checked]), masses])
