@@ -394,3 +394,19 @@ def test_nothing_is_written_over_that_is_read_under_another_name(
     actual = RelativeLRP(model.float()).attribute(x, target=1)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-6)
     assert torch.equal(x, before)
+
+
+def test_a_video_network_of_many_channels() -> None:
+    """Filters of 1×1×1 and along one axis, of as many channels as the compiled ones want."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv3d(3, 32, 3, padding=1), nn.BatchNorm3d(32), nn.ReLU(),
+        nn.Conv3d(32, 64, 1), nn.ReLU(),
+        nn.Conv3d(64, 32, (3, 1, 1), padding=(1, 0, 0)), nn.ReLU(), nn.Conv3d(32, 32, (1, 3, 3)),
+        nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(32, 2),
+    ).eval()  # fmt: skip
+    x = torch.randn(2, 3, 4, 6, 6)
+    expected = RelativeLRP(model.double()).attribute(x.double(), 1)
+    for backend in ("auto", "reference"):
+        found = RelativeLRP(model.float(), backend=backend).attribute(x, 1)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-6)

@@ -74,7 +74,7 @@ def suits(
         and weight.numel() > 0
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and len(x.shape) == weight.dim()
+        and len(x.shape) == weight.dim() in (3, 4)
         and all(p < k for p, k in zip(padding, weight.shape[2:], strict=True))
         and _has_scheme(weight, stride)
     )
