@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from captum_rlrp import InputError, LayerRelativeLRP, RelativeLRP
+from captum_rlrp import InputError, LayerRelativeLRP, RelativeLRP, RelevanceStatistics
 from captum_rlrp.dataset.runner import explain_dataset
 from captum_rlrp.dataset.shown import Shown
 from captum_rlrp.dataset.store import Run, StorageError, merge
@@ -39,7 +39,26 @@ def explain(out: Path, dataset: Any = None, **options: Any) -> Path:
 
 
 def shards(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((out / "shards").iterdir())}
+    """Every array of every shard. Not the files' bytes: LZF packs the same values in many ways."""
+    found: dict[str, bytes] = {}
+    for path in sorted((out / "shards").iterdir()):
+        found |= arrays(path)
+    return found
+
+
+def arrays(path: Path) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+
+    def note(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset):
+            value = item[()]
+            content = repr(value.tolist()).encode() if item.dtype == object else value.tobytes()
+            found[f"{path.name}:{name}"] = repr((item.shape, item.dtype)).encode() + content
+
+    with h5py.File(path) as file:
+        file.visititems(note)
+        found[path.name] = repr(sorted(file.attrs.items())).encode()
+    return found
 
 
 # ---- what is stored -----------------------------------------------------------------------------
@@ -117,6 +136,50 @@ def test_tokens_are_explained_at_the_embedding(tmp_path: Path) -> None:
         assert file["tokens"].asstr()[0].tolist() == [words[i] for i in tokens[0]]
 
 
+def test_statistics_are_those_of_the_stored_rows(tmp_path: Path) -> None:
+    """Against NumPy, over several shards, with a sample that is skipped and two targets."""
+    path = explain(tmp_path, Pictures(broken=(5,)), target=["predicted", "label"],
+                   layers=["conv", "pool"], statistics="all")  # fmt: skip
+    kept = StoredRun(tmp_path).statistics()
+    assert kept.layers == ["input", "conv", "pool", "head"]
+    assert kept.edges == [("input", "conv"), ("conv", "pool"), ("pool", "head")]
+    with h5py.File(path) as file:
+        assert not [name for name in file if name.startswith("statistics")]
+        classes = file["target"][:]
+        assert kept.counts == {n: int((classes == n).sum()) for n in np.unique(classes)}
+        for layer, key in (("input", "attribution"), ("conv", "layers/conv")):
+            for of in (None, int(classes[1])):
+                rows = file[key][:].astype(float)[classes == of if of is not None else slice(None)]
+                units = rows.sum((2, 3))
+                assert kept.mean(layer, of).numpy() == pytest.approx(units.mean(0), abs=1e-9)
+                error = units.std(0, ddof=1) / len(units) ** 0.5
+                assert kept.standard_error(layer, of).numpy() == pytest.approx(error, rel=1e-5)
+                assert kept.mass(layer, of) == pytest.approx(abs(rows).sum((1, 2, 3)).mean())
+
+
+def test_statistics_of_some_layers_and_on_disk(tmp_path: Path) -> None:
+    explain(tmp_path, statistics=["pool"], channels=["conv"])
+    kept = RelevanceStatistics.load(tmp_path / "statistics.h5")
+    assert kept.layers == ["input", "conv", "pool"]
+    images = torch.stack([Pictures()[i][0] for i in range(22)])
+    collected = RelevanceStatistics.collect(build(), [images])
+    for layer in kept.layers:
+        torch.testing.assert_close(kept.mean(layer), collected.mean(layer), rtol=1e-4, atol=1e-8)
+        assert kept.effective_units(layer) == pytest.approx(collected.effective_units(layer), 1e-4)
+
+
+def test_channels_of_a_transformer_lie_last(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Flatten(), nn.Linear(18, 2)).eval()
+    x = torch.randn(5, 3, 4)
+    path = explain_dataset(
+        model, TensorDataset(x), tmp_path, channels=["0"], unit_dim=-1, target=1, progress=False
+    )
+    expected = LayerRelativeLRP(model, model[0]).attribute(x, target=1).sum(1)
+    with h5py.File(path) as file:
+        torch.testing.assert_close(torch.tensor(file["channels/0"][:]), expected)
+
+
 def test_files_that_virelay_opens(tmp_path: Path) -> None:
     explain(tmp_path, shown=Shown(["ant", "bee", "cat"]))
     labels = json.loads((tmp_path / "label_map.json").read_text())
@@ -132,16 +195,19 @@ def test_files_that_virelay_opens(tmp_path: Path) -> None:
 # ---- the cut changes nothing --------------------------------------------------------------------
 
 
-def test_a_resumed_run_has_the_same_bytes(tmp_path: Path) -> None:
-    explain(tmp_path / "whole")
+def test_a_resumed_run_has_the_same_bits(tmp_path: Path) -> None:
+    explain(tmp_path / "whole", statistics="all", channels=["conv"])
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shards_of_cut = sorted((tmp_path / "cut" / "shards").iterdir())
     shards_of_cut[0].unlink()
     content = shards_of_cut[1].read_bytes()
     shards_of_cut[1].write_bytes(content[: len(content) // 2])  # half-written
     (tmp_path / "cut" / "shards" / "000002.h5.77.part").write_bytes(b"half")
-    explain(tmp_path / "cut")
+    (tmp_path / "cut" / "statistics.h5").unlink()
+    explain(tmp_path / "cut", statistics="all", channels=["conv"])
     assert shards(tmp_path / "cut") == shards(tmp_path / "whole")
+    kept = arrays(tmp_path / "whole" / "statistics.h5")
+    assert arrays(tmp_path / "cut" / "statistics.h5") == kept
 
 
 def test_a_batch_with_broken_samples_gives_the_others_the_same_rows(tmp_path: Path) -> None:
@@ -239,7 +305,7 @@ def test_a_full_disk_is_said_and_costs_nothing(
     with pytest.raises(StorageError, match=r"No space left on device.*Make room and run the same"):
         explain(tmp_path / "full")
     monkeypatch.undo()
-    assert list(shards(tmp_path / "full")) == ["000000.h5"]
+    assert [path.name for path in (tmp_path / "full" / "shards").iterdir()] == ["000000.h5"]
     merge(tmp_path / "full")  # what is there is usable
     with h5py.File(tmp_path / "full" / "attribution.h5") as file:
         assert len(file["attribution"]) == 8
@@ -251,7 +317,7 @@ def test_a_full_disk_is_said_and_costs_nothing(
 def test_a_file_that_may_not_grow_is_said(tmp_path: Path) -> None:
     """The real thing: the operating system cuts the writing short."""
     explain(tmp_path / "whole")
-    size = len(shards(tmp_path / "whole")["000000.h5"])
+    size = (tmp_path / "whole" / "shards" / "000000.h5").stat().st_size
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from captum_rlrp import InputError, LayerRelativeLRP, RelativeLRP, RelevanceStatistics
 from captum_rlrp.dataset.flow import carried_by
 from captum_rlrp.dataset.significance import benjamini_hochberg, holm, two_sided_p
+from captum_rlrp.run import capturing
 from tests.oracle import randomise_norms
 
 matplotlib.use("Agg")
@@ -399,3 +400,17 @@ def test_dense_layers_have_their_neurons_as_units() -> None:
     x = F.normalize(torch.randn(9, 3))
     made = RelevanceStatistics.collect(model, [x])
     assert [len(made.mean(name)) for name in made.layers] == [3, 5, 5, 2]
+
+
+def test_a_batch_that_goes_through_in_portions(
+    model: nn.Module, data: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As large ones do on a CPU: the targets of each portion are its own samples'."""
+    for target, batch in ((None, data[0]), ("label", data)):
+        whole = RelevanceStatistics.collect(model, [batch], target=target)
+        with monkeypatch.context() as patch:
+            patch.setattr(capturing, "find_portion", lambda graph, layouts: 16)
+            divided = RelevanceStatistics.collect(model, [batch], target=target)
+        assert divided.counts == whole.counts
+        for of in (None, *whole.counts):
+            close(divided.mean("conv", of), whole.mean("conv", of))

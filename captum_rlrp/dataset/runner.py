@@ -20,13 +20,12 @@ from torch.utils.data import Dataset
 from ..attribution import Backend
 from ..errors import InputError
 from ..graph.capture import check_eval_mode, unwrap
-from .explaining import Explainer, Target, joined_rows
+from .explaining import Explained, Explainer, Kept, Target
 from .loading import batches_of, load
 from .progress import Progress, Times
 from .ranks import Ranks, joined
 from .shown import Shown
 from .store import (
-    Array,
     Run,
     StorageError,
     clear_parts,
@@ -36,6 +35,7 @@ from .store import (
     shard_path,
     write_shard,
 )
+from .stored import merge_statistics
 from .virelay import write_project
 
 _SHARD = 256  # samples, at most: what a kill costs, and what a rank holds in memory
@@ -49,6 +49,8 @@ def explain_dataset(
     target: Target | Sequence[Target] = "predicted",
     layers: Sequence[str] = (),
     channels: Sequence[str] = (),
+    statistics: Kept = (),
+    unit_dim: int = 1,
     embedding: str | None = None,
     batch_size: int = 32,
     shard_size: int | None = None,
@@ -82,6 +84,11 @@ def explain_dataset(
                 or several of them: one row per sample and target.
         layers (list[str]): Names of layers whose relevance is kept whole.
         channels (list[str]): Names of layers of which each channel's sum is kept.
+        statistics (list[str] or "all"): Names of layers, or every leaf, of which
+                :class:`RelevanceStatistics` are kept, in ``statistics.h5``: per class explained,
+                also of the inputs and the layers named above. They take no row per sample.
+        unit_dim (int): The dimension of a layer's values in which its channels lie: 1 fits
+                convolutions and dense layers, -1 transformers.
         embedding (str, optional): The layer at which integer inputs (tokens) are explained. Not
                 needed if the model has only one.
         batch_size (int): Samples explained together.
@@ -121,13 +128,26 @@ def explain_dataset(
     samples = _size(dataset)
     targets: list[Target] = list(target) if isinstance(target, (list, tuple)) else [target]  # type: ignore[list-item]
     _check(targets, batch_size, shard_size, dtype, compression)
-    explainer = Explainer(model, targets, layers, channels, embedding, batch_size, dtype, backend)
+    explainer = Explainer(
+        model,
+        targets,
+        layers,
+        channels,
+        statistics,
+        unit_dim,
+        embedding,
+        batch_size,
+        dtype,
+        backend,
+    )
     depends = {
         "weights_sha256": weights_hash(model),
         "model": type(model).__name__,
         "targets": targets,
         "layers": list(layers),
         "channels": list(channels),
+        "statistics": statistics if statistics == "all" else list(statistics),
+        "unit_dim": unit_dim,
         "embedding": embedding,
         "dtype": dtype,
         "compression": compression,
@@ -163,6 +183,8 @@ def explain_dataset(
         if ranks.rank == 0 and (todo or not path.exists()):
             merge(folder, _summary(everyone))
             write_project(folder, run)
+            if statistics:
+                merge_statistics(folder)
         reached = ranks.gather(None)
         assert reached
     _check_some(path)
@@ -187,21 +209,21 @@ def _work(
     pin = next((p.is_cuda for p in explainer.model.parameters()), False)
     loaded = times.waited_for(load(dataset, flat, workers, pin))
     for (start, stop), batches in zip(shards, plan, strict=True):
-        parts: list[dict[str, Array]] = []
-        skipped: list[tuple[int, str]] = []
+        shard = Explained()
         for indices in batches:
             batch = next(loaded)
-            arrays, failed = explainer(batch)
-            if failed:
-                batch = batch.without({index for index, _ in failed})
-            if arrays:
-                parts.append(arrays | shown.arrays(batch, dataset))
-            skipped += sorted(batch.skipped + failed)
+            earlier = len(shard.failed)
+            explainer.explain(batch, shard)
+            if failed := {index for index, _ in shard.failed[earlier:]}:
+                batch = batch.without(failed)
+            shard.add(shown.arrays(batch, dataset))
+            shard.failed += batch.skipped
             times.samples += len(batch.index)
             bar.explained(len(indices), times, time.perf_counter() - begin)
         before = time.perf_counter()
-        path = shard_path(out, start, run)
-        write_shard(path, start, stop, joined_rows(parts), skipped, run.depends["compression"])
+        arrays = shard.rows() | (shard.statistics.arrays() if shard.statistics.layers else {})
+        write_shard(shard_path(out, start, run), start, stop, arrays, sorted(shard.failed),
+                    run.depends["compression"])  # fmt: skip
         times.writing += time.perf_counter() - before
         bar.shard_written(stop - start)
     times.total = time.perf_counter() - begin
