@@ -347,6 +347,21 @@ def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
+def test_files_of_others_are_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "data.h5").write_text("mine")
+    (tmp_path / "film.part").write_text("mine")
+    with pytest.raises(StorageError, match=r"holds no run, but data\.h5, which a run would"):
+        explain(tmp_path)
+    (tmp_path / "data.h5").rename(tmp_path / "mine.h5")
+    explain(tmp_path)
+    assert (tmp_path / "film.part").read_text() == "mine"
+
+
+def test_fewer_samples_than_a_batch(tmp_path: Path) -> None:
+    explain(tmp_path, Pictures(3), batch_size=8)
+    assert Run.read(tmp_path).batch_size == 3
+
+
 def test_folder_of_no_run(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"holds no run\.json"):
         Run.read(tmp_path)
@@ -355,17 +370,20 @@ def test_folder_of_no_run(tmp_path: Path) -> None:
 # ---- several processes --------------------------------------------------------------------------
 
 
-def test_two_ranks_by_torchrun_give_the_bytes_of_one(tmp_path: Path) -> None:
+def test_two_ranks_by_torchrun_give_the_bits_of_one(tmp_path: Path) -> None:
     arguments = ["tests.dataset_samples:pictures", "--model", "tests.dataset_samples:build",
                  "--batch-size", "4", "--shard-size", "4", "--workers", "0", "--device", "cpu",
-                 "--channels", "conv"]  # fmt: skip
+                 "--channels", "conv", "--statistics", "all", "--threads", "1"]  # fmt: skip
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*start, "-m", "captum_rlrp", "dataset", *arguments, "--out", str(tmp_path / "two")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "1 samples skipped" in done.stderr
     assert "on 2 ranks" in done.stdout
-    explain(tmp_path / "one", Pictures(broken=(5,)), shard_size=4, channels=["conv"])
+    options = {"shard_size": 4, "channels": ["conv"], "statistics": "all"}
+    explain(tmp_path / "one", Pictures(broken=(5,)), **options)
+    kept = arrays(tmp_path / "one" / "statistics.h5")
+    assert arrays(tmp_path / "two" / "statistics.h5") == kept
     assert shards(tmp_path / "two") == shards(tmp_path / "one")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ THUMBNAIL = 96  # pixels
 CHUNK = {"thumbs": 96, "detail": 16}  # rows per file that the page loads on demand
 INLINE = 6_000_000  # bytes up to which everything is in index.html itself
 LIKELIEST = 5
+GENERATOR = '<meta name="generator" content="captum_rlrp">'
+_OWN = re.compile(r"(thumbs|detail)-\d{5,}\.js")
 
 
 def build_report(run: str | Path, out: str | Path | None = None, limit: int | None = None) -> Path:
@@ -45,16 +47,19 @@ def build_report(run: str | Path, out: str | Path | None = None, limit: int | No
 
     Raises:
 
-        StorageError: If the folder holds no run, or `out` cannot be written.
+        StorageError: If the folder holds no run, or `out` cannot be written or holds another page.
     """
-    stored = StoredRun(run)
     folder = Path(out) if out is not None else Path(run) / "report"
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, not {limit}.")
+    check_place(folder)
+    stored = StoredRun(run)
     count = min(len(stored), limit or len(stored))
     try:
-        shutil.rmtree(folder / "data", ignore_errors=True)
-        (folder / "data").mkdir(parents=True)
+        for old in folder.glob("data/*.js"):
+            if _OWN.fullmatch(old.name):
+                old.unlink()
+        (folder / "data").mkdir(parents=True, exist_ok=True)
         inline, size = {}, 0
         for name, rows in _chunks(stored, count):
             text = _script_safe(rows)
@@ -68,13 +73,27 @@ def build_report(run: str | Path, out: str | Path | None = None, limit: int | No
                 _write_chunk(folder, name, text)
         page = _render(stored, count, inline if size <= INLINE else {})
         (folder / "index.html").write_text(page, encoding="utf-8")
-        if size <= INLINE:
+        if not any((folder / "data").iterdir()):
             (folder / "data").rmdir()
     except OSError as error:
         raise StorageError(f"{folder} cannot be written: {error.strerror}.") from None
     finally:
         stored.close()
     return folder / "index.html"
+
+
+def check_place(folder: Path) -> None:
+    """Nothing that is not a report's is replaced.
+
+    Raises:
+        StorageError: If another page is in the folder.
+    """
+    page = folder / "index.html"
+    if page.exists() and GENERATOR not in page.read_text("utf-8", errors="replace")[:4000]:
+        raise StorageError(
+            f"{page} is there and no report of captum_rlrp, so it is not replaced. Choose another "
+            "folder (--out)."
+        )
 
 
 # ---- rows ---------------------------------------------------------------------------------------
@@ -186,6 +205,7 @@ def _render(stored: StoredRun, count: int, inline: dict[str, str]) -> str:
         kind=stored.kind,
         report=_script_safe(_report(stored, count, right, known)),
         inline=inline,
+        generator=GENERATOR,
         title=stored.about.get("model_name", stored.about["model"]),
     )
 

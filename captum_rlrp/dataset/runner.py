@@ -26,6 +26,7 @@ from .progress import Progress, Times
 from .ranks import Ranks, joined
 from .shown import Shown
 from .store import (
+    FILES,
     Run,
     StorageError,
     clear_parts,
@@ -91,7 +92,7 @@ def explain_dataset(
                 convolutions and dense layers, -1 transformers.
         embedding (str, optional): The layer at which integer inputs (tokens) are explained. Not
                 needed if the model has only one.
-        batch_size (int): Samples explained together.
+        batch_size (int): Samples explained together, at most.
         shard_size (int, optional): Samples per file. By default at most 256, and so few that
                 every rank has four shards.
         dtype (str): ``"float32"``, or ``"float16"``, which holds the relevance times 2¹⁵ (the
@@ -128,6 +129,8 @@ def explain_dataset(
     samples = _size(dataset)
     targets: list[Target] = list(target) if isinstance(target, (list, tuple)) else [target]  # type: ignore[list-item]
     _check(targets, batch_size, shard_size, dtype, compression)
+    if samples < batch_size:  # what fills a batch up costs as much
+        batch_size, shard_size = samples, None
     explainer = Explainer(
         model,
         targets,
@@ -243,6 +246,11 @@ def _agree(out: Path, run: Run, ranks: Ranks) -> tuple[Run, list[tuple[int, int]
                 raise StorageError(f"{out} cannot be written: {error.strerror}.") from None
             if (out / "run.json").exists():
                 run = _same(Run.read(out), run, out)
+            elif found_files := [name for name in FILES if (out / name).exists()]:
+                raise StorageError(
+                    f"{out} holds no run, but {', '.join(found_files)}, which a run would replace. "
+                    "Choose another folder."
+                )
             clear_parts(out)
             run.write(out)
             found = run, complete_shards(out, run)

@@ -28,6 +28,11 @@ Array = NDArray[Any]
 # float16 holds relevance times this, so that shares of a millionth keep all their digits.
 SCALE = {"float16": 2.0**15, "float32": 1.0}
 PER_SAMPLE = "sample/"  # arrays with one row per sample; the others have one per explanation
+# What a run writes beside its shards.
+FILES = (
+    *("run.json", "attribution.h5", "data.h5", "statistics.h5"),
+    *("skipped.csv", "label_map.json", "project.yaml"),
+)
 PER_SHARD = "statistics/"  # what a shard keeps of all its samples together
 _BESIDE = ("skipped/", PER_SHARD)  # not one row per sample or explanation
 _SMALL = ("index", "label", "target", "delta", "mass")  # copied, not linked
@@ -156,7 +161,8 @@ def write_shard(
 
 def clear_parts(out: Path) -> None:
     """Remove what killed processes left half-written."""
-    for part in [*out.glob("*.part"), *(out / "shards").glob("*.part")]:
+    own = [part for name in FILES for part in out.glob(f"{name}.*.part")]
+    for part in [*own, *(out / "shards").glob("*.h5.*.part")]:
         with contextlib.suppress(OSError):
             part.unlink()
 
