@@ -233,6 +233,31 @@ def test_worker_processes_read_the_same(tmp_path: Path) -> None:
     assert shards(tmp_path / "a") == shards(tmp_path / "b")
 
 
+@pytest.mark.parametrize("lost", ["data.h5", "statistics.h5", "label_map.json", "run.json"])
+def test_killed_while_it_merges(lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All shards are there, the files over them are not; and a report was made meanwhile."""
+    real = Path.replace
+
+    def replace_or_die(self: Path, target: Path) -> Any:
+        if Path(target).name == lost and len(list(tmp_path.glob("shards/*.h5"))) == 3:
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        explain(tmp_path, statistics="all")
+    monkeypatch.undo()
+    StoredRun(tmp_path).close()
+    explain(tmp_path, statistics="all")
+    whole = explain(tmp_path.with_name("whole"), statistics="all").parent
+    for name in ("attribution.h5", "data.h5", "statistics.h5"):
+        ours, theirs = arrays(tmp_path / name), arrays(whole / name)
+        ours.pop("attribution.h5", None), theirs.pop("attribution.h5", None)  # has times
+        assert ours == theirs
+    for name in ("label_map.json", "project.yaml", "skipped.csv"):
+        assert (tmp_path / name).exists()
+
+
 def test_a_run_that_is_done_is_left_alone(tmp_path: Path) -> None:
     path = explain(tmp_path)
     before = path.stat().st_mtime_ns

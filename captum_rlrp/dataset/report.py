@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from .charts import FOR, NEUTRAL, RIGHT, bars, histogram
+from .charts import FOR, NEUTRAL, RIGHT, bars, flow, histogram
 from .classes import class_summaries
 from .pictures import heat_uri, picture_uri, saturation
 from .store import Array, StorageError
@@ -189,6 +189,7 @@ def _render(stored: StoredRun, count: int, inline: dict[str, str]) -> str:
     known = stored.labelled.astype(bool)
     first = np.unique(stored.index, return_index=True)[1]  # several targets: a sample counts once
     judged = first[known[first]]
+    shown_flow = _flow(stored)
     overview = {
         "accuracy": float(right[judged].mean()) if len(judged) else None,
         "samples": len(first),
@@ -200,7 +201,8 @@ def _render(stored: StoredRun, count: int, inline: dict[str, str]) -> str:
         shown=count,
         rows=len(stored),
         overview=overview,
-        charts=_charts(stored, first, known & right, known & ~right),
+        charts=_charts(stored, first, known & right, known & ~right, shown_flow is None),
+        flow=shown_flow,
         skipped=_skipped(stored),
         kind=stored.kind,
         report=_script_safe(_report(stored, count, right, known)),
@@ -242,7 +244,9 @@ def _typical(stored: StoredRun) -> float:
     return float(np.median(np.abs(some.reshape(len(some), -1)).max(1)))
 
 
-def _charts(stored: StoredRun, first: Array, right: Array, wrong: Array) -> list[tuple[str, str]]:
+def _charts(
+    stored: StoredRun, first: Array, right: Array, wrong: Array, bare: bool
+) -> list[tuple[str, str]]:
     confidence, unknown = stored.confidence, ~(right | wrong)
     groups = [
         (name, confidence[first][chosen[first]], colour)
@@ -258,10 +262,15 @@ def _charts(stored: StoredRun, first: Array, right: Array, wrong: Array) -> list
         ("Conservation", histogram([("", stored.delta, NEUTRAL)], "largest violation")),
     ]
     names = stored.names("mass")
-    if len(names) > 1:
-        flow = [float(stored.file[f"mass/{name}"][:].mean()) for name in names]
-        charts.append(("Flow through the network", bars(names, flow, "mean Σ|R| of the layer")))
+    if len(names) > 1 and bare:
+        means = [float(stored.file[f"mass/{name}"][:].mean()) for name in names]
+        charts.append(("Flow through the network", bars(names, means, "mean Σ|R| of the layer")))
     return charts
+
+
+def _flow(stored: StoredRun) -> str | None:
+    statistics = stored.statistics()
+    return flow(statistics) if statistics.edges and len(statistics.layers) > 1 else None
 
 
 def _skipped(stored: StoredRun) -> list[tuple[str, str]]:

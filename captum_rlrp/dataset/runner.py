@@ -183,11 +183,14 @@ def explain_dataset(
         everyone = ranks.gather(times)
         path = folder / "attribution.h5"
         # Of a call that had nothing to do, the times of the last one that had stay.
-        if ranks.rank == 0 and (todo or not path.exists()):
-            merge(folder, _summary(everyone))
-            write_project(folder, run)
+        if ranks.rank == 0 and (todo or "finished" not in run.about):
             if statistics:
                 merge_statistics(folder)
+            summary = _summary(everyone)
+            merge(folder, summary)
+            write_project(folder, run)
+            run.about["finished"] = summary["finished"]
+            run.write(folder)
         reached = ranks.gather(None)
         assert reached
     _check_some(path)
@@ -252,8 +255,11 @@ def _agree(out: Path, run: Run, ranks: Ranks) -> tuple[Run, list[tuple[int, int]
                     "Choose another folder."
                 )
             clear_parts(out)
+            done = complete_shards(out, run)
+            if len(done) < len(run.shards()):
+                run.about.pop("finished", None)
             run.write(out)
-            found = run, complete_shards(out, run)
+            found = run, done
         except StorageError as error:
             found = error
     found = ranks.from_first(found)

@@ -214,6 +214,13 @@ def merge(out: Path, attributes: Mapping[str, Any] | None = None) -> Path:
     about = {**run.depends, **run.about, **(attributes or {})}
     about |= {"samples": run.samples, "skipped": len(skipped)}
     about["complete"] = len(shards) == len(run.shards())
+    # attribution.h5 comes last: where it is, the others are.
+    with written(out / "data.h5") as file:
+        if with_rows:
+            _link_samples(h5py, file, run.samples, with_rows)
+    table = [["index", "reason"], *([str(i), reason] for i, reason in skipped)]
+    with (out / "skipped.csv").open("w", newline="", encoding="utf-8") as csv_file:
+        csv.writer(csv_file).writerows(table)
     with written(out / "attribution.h5") as file:
         for name in with_rows[0].shapes if with_rows else ():
             if not name.startswith(PER_SAMPLE):
@@ -221,12 +228,6 @@ def merge(out: Path, attributes: Mapping[str, Any] | None = None) -> Path:
         for key, value in about.items():
             plain = isinstance(value, (str, int, float, bool))
             file.attrs[key] = value if plain else json.dumps(value, default=str)
-    with written(out / "data.h5") as file:
-        if with_rows:
-            _link_samples(h5py, file, run.samples, with_rows)
-    table = [["index", "reason"], *([str(i), reason] for i, reason in skipped)]
-    with (out / "skipped.csv").open("w", newline="", encoding="utf-8") as csv_file:
-        csv.writer(csv_file).writerows(table)
     return out / "attribution.h5"
 
 

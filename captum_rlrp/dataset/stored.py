@@ -32,8 +32,10 @@ class StoredRun:
     def __init__(self, path: str | Path) -> None:
         h5py, self.path = hdf5(), Path(path)
         self.run = Run.read(self.path)
-        if not (self.path / "attribution.h5").exists():
-            merge(self.path)  # it was cut short
+        there = (self.path / "attribution.h5").exists()
+        self._cut = "finished" not in self.run.about or not there
+        if self._cut:
+            merge(self.path)
         self.file = h5py.File(self.path / "attribution.h5", "r")
         self.data = h5py.File(self.path / "data.h5", "r")
         self.about = {key: _plain(value) for key, value in self.file.attrs.items()}
@@ -90,7 +92,7 @@ class StoredRun:
         """Per class explained: what the run kept, else of the channels and a table's columns."""
         if self.run.depends.get("statistics"):
             path = self.path / "statistics.h5"
-            return RelevanceStatistics.load(path if path.exists() else merge_statistics(self.path))
+            return RelevanceStatistics.load(merge_statistics(self.path) if self._cut else path)
         made, classes = RelevanceStatistics(), torch.from_numpy(self.target.astype(np.int64))
         keys = {name: f"channels/{name}" for name in self.names("channels")}
         if self.kind == "table":
