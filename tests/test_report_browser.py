@@ -35,8 +35,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run")
     explain_dataset(
-        build(), Pictures(120), out, target="label", layers=["pool"], statistics="all", batch_size=40,
-        shown=Shown(["ant", "bee", "cat"]), progress=False,
+        build(), Pictures(120), out, target="label", layers=["pool"], statistics="all",
+        batch_size=40, shown=Shown(["ant", "bee", "cat"]), progress=False,
     )  # fmt: skip
     return out
 
