@@ -26,7 +26,7 @@ from captum_rlrp.dataset.shown import Shown
 from captum_rlrp.dataset.store import Run, StorageError, merge
 from captum_rlrp.dataset.stored import StoredRun
 
-from .dataset_samples import CLASSES, Pictures, Reader, build
+from .dataset_samples import CLASSES, Pictures, Reader, build, write_pictures
 
 h5py = pytest.importorskip("h5py")
 ROOT = Path(__file__).parents[1]
@@ -395,21 +395,44 @@ def test_folder_of_no_run(tmp_path: Path) -> None:
 # ---- several processes --------------------------------------------------------------------------
 
 
+def torchrun(ranks: int, *arguments: object, out: Path) -> subprocess.CompletedProcess[str]:
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+    options = ["--workers", 0, "--device", "cpu", "--threads", 1, "--out", out]
+    command = [sys.executable, *start, "-m", "captum_rlrp", "dataset", *arguments, *options]
+    return subprocess.run(
+        [str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
 def test_two_ranks_by_torchrun_give_the_bits_of_one(tmp_path: Path) -> None:
+    two, one = tmp_path / "two", tmp_path / "one"
     arguments = ["tests.dataset_samples:pictures", "--model", "tests.dataset_samples:build",
-                 "--batch-size", "4", "--shard-size", "4", "--workers", "0", "--device", "cpu",
-                 "--channels", "conv", "--statistics", "all", "--threads", "1"]  # fmt: skip
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*start, "-m", "captum_rlrp", "dataset", *arguments, "--out", str(tmp_path / "two")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+                 "--batch-size", 4, "--shard-size", 4, "--channels", "conv",
+                 "--statistics", "all"]  # fmt: skip
+    done = torchrun(2, *arguments, out=two)
     assert done.returncode == 0, done.stderr
     assert "1 samples skipped" in done.stderr
     assert "on 2 ranks" in done.stdout
-    options = {"shard_size": 4, "channels": ["conv"], "statistics": "all"}
-    explain(tmp_path / "one", Pictures(broken=(5,)), **options)
-    kept = arrays(tmp_path / "one" / "statistics.h5")
-    assert arrays(tmp_path / "two" / "statistics.h5") == kept
-    assert shards(tmp_path / "two") == shards(tmp_path / "one")
+    dataset = Pictures(broken=(5,))
+    options: dict[str, Any] = {"shard_size": 4, "channels": ["conv"], "statistics": "all"}
+    explain(one, dataset, **options)
+    for _ in range(2):
+        assert shards(two) == shards(one)
+        assert arrays(two / "statistics.h5") == arrays(one / "statistics.h5")
+        # Then what is missing is made by another number of ranks.
+        (two / "shards" / "000003.h5").unlink()
+        (two / "statistics.h5").unlink()
+        explain(two, dataset, **options)
+
+
+def test_more_ranks_than_samples(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "in", per_class=1)
+    data = (tmp_path / "in" / "ant" / "0.png", "--model", "tests.dataset_samples:build")
+    done = torchrun(3, *data, "--pixels", 8, "--statistics", "all", out=tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "on 3 ranks" in done.stdout
+    with h5py.File(tmp_path / "out" / "attribution.h5") as file:
+        assert file["index"][:].tolist() == [0]
 
 
 def test_killed_ranks_cost_nothing() -> None:
