@@ -1,4 +1,4 @@
-"""The files of the command: pictures in, heat maps and reports out.
+"""The files of ``captum-rlrp explain``: a heat map and a report for each picture.
 
 No output ever replaces a file that the command did not write itself.
 """
@@ -12,40 +12,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from captum.attr import visualization
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
+from PIL import Image
 
 from . import __version__
+from .dataset.store import Array
 
 _WRITER = "captum-rlrp"
 
 
-class CommandError(Exception):
-    """A mistake in what the user handed in; the message is all they need."""
-
-
-class UnreadableImageError(CommandError):
-    """One file is no image; the others can still be explained."""
-
-
 @dataclass
 class Report:
-    """What the JSON of one image holds. ``seconds`` is the explanation alone."""
+    """What the JSON of one image holds."""
 
     image: str
     heatmap: str
-    arch: str
-    weights: str
+    model: str
+    weights: str | None
     target: int
     class_name: str | None
     logit: float
     probability: float
     sum_abs_relevance: float
     delta: float
-    seconds: float
     predictions: list[dict[str, Any]]
 
 
@@ -84,49 +74,19 @@ def _is_free(path: Path, inputs: set[Path]) -> bool:
         return False
 
 
-def read_image(path: Path) -> Any:
-    """The image, upright, in RGB with 8 bits for each colour."""
-    try:
-        with Image.open(path) as image:
-            return _in_8_bits(path, ImageOps.exif_transpose(image)).convert("RGB")
-    except UnidentifiedImageError:
-        raise UnreadableImageError(f"{path} is not an image that Pillow can read") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableImageError(f"{path} cannot be read: {first_line(error)}") from None
+def draw(path: Path, report: Report, attribution: Array, image: Array) -> None:
+    """Overlay the relevance, red for and blue against the target, on the image.
 
-
-def _in_8_bits(path: Path, image: Any) -> Any:
-    """Grey pictures of 16 bits, which Pillow would cut off at white."""
-    if image.mode == "F":
-        raise UnreadableImageError(
-            f"{path} holds floating-point numbers, of which no range is known to be black and "
-            "white; convert it to 8 or 16 bits"
-        )
-    if image.mode != "I" and not image.mode.startswith("I;16"):
-        return image
-    levels = np.asarray(image).astype(np.int64)
-    if levels.min() < 0 or levels.max() > 65535:
-        raise UnreadableImageError(f"{path} holds levels beyond 16 bits; convert it to 8 or 16")
-    return Image.fromarray(np.rint(levels / 257).astype(np.uint8))
-
-
-def displayed(image: Tensor, preprocess: Any) -> Tensor:
-    """What the network was shown, with the normalisation taken back: height, width, 3."""
-    mean, std = getattr(preprocess, "mean", [0.0]), getattr(preprocess, "std", [1.0])
-    image = image.cpu().permute(1, 2, 0)
-    return (image * torch.tensor(std) + torch.tensor(mean)).clamp(0, 1)
-
-
-def draw(path: Path, report: Report, attribution: Tensor, image: Tensor) -> None:
-    """Overlay the relevance, red for and blue against the target, on the image."""
-    relevance = attribution.cpu().permute(1, 2, 0)
-    largest = relevance.abs().max()
+    Both are (channels, height, width), the image in 8 bits.
+    """
+    relevance = attribution.transpose(1, 2, 0)
+    largest = np.abs(relevance).max()
     figure = Figure(figsize=(6, 6.4), layout="constrained")
     target = report.class_name or f"class {report.target}"
     visualization.visualize_image_attr(
         # To scale 1: Captum takes shares this small for zeros, and refuses to draw no relevance.
-        (relevance / largest).numpy() if largest > 0 else None,
-        image.numpy(),
+        relevance / largest if largest > 0 else None,
+        np.broadcast_to(image.transpose(1, 2, 0), (*image.shape[1:], 3)) / 255,
         method="blended_heat_map" if largest > 0 else "original_image",
         sign="all",
         cmap="seismic",
@@ -144,8 +104,3 @@ def write_report(path: Path, report: Report) -> None:
     content = {"writer": f"{_WRITER} {__version__}", **asdict(report)}
     text = json.dumps(content, indent=2, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,10 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from captum_rlrp import cli
+from captum_rlrp import RelativeLRP, cli
+from captum_rlrp.dataset.files import read_picture
+from captum_rlrp.dataset.sources import number_of_outputs, plain_key
 
+from .dataset_samples import build, write_pictures
+
+pytest.importorskip("h5py")
+pytest.importorskip("jinja2")
 models = pytest.importorskip("torchvision.models")
 ARCH = "squeezenet1_1"  # the smallest there is
 
@@ -69,6 +75,7 @@ def test_writes_a_heatmap_and_a_report_per_image(
     )
 
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "index.html",
         "noise-2.json",
         "noise-2.png",
         "noise.json",
@@ -99,7 +106,7 @@ def test_target_out_of_range(
 ) -> None:
     code = explain(image, "--arch", ARCH, "--weights", weights, f"--target={target}", out=tmp_path)
     assert code == 2
-    assert "3 classes, 0 to 2" in the_error(capsys)
+    assert "3 outputs, 0 to 2" in the_error(capsys)
 
 
 def test_corrupt_image_costs_only_itself(
@@ -113,19 +120,30 @@ def test_corrupt_image_costs_only_itself(
     errors = capsys.readouterr().err
     assert f"{no_image} is not an image" in errors
     assert f"{cut} cannot be read" in errors
-    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["noise.json", "noise.png"]
+    names = ["index.html", "noise.json", "noise.png"]
+    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == names
+
+
+def test_not_one_image_can_be_read(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    arguments = (tmp_path / "text.png", "--arch", ARCH, "--weights", weights)
+    assert explain(*arguments, out=tmp_path / "o") == 2
+    assert "text.png is not an image" in the_error(capsys)
+    assert not list((tmp_path / "o").iterdir())
 
 
 def test_missing_image(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert explain("nowhere.png", "--arch", ARCH, "--weights", weights, out=tmp_path) == 2
-    assert "no such image: nowhere.png" in the_error(capsys)
+    assert "There is no nowhere.png" in the_error(capsys)
 
 
 def test_unknown_architecture(
     image: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert explain(image, "--arch", "resnet5O", "--weights", weights, out=tmp_path) == 2
-    assert "did you mean resnet50" in the_error(capsys)
+    assert "Did you mean resnet50" in the_error(capsys)
 
 
 def test_unknown_weights(image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -212,13 +230,13 @@ def test_number_of_classes_of_every_family(arch: str) -> None:
     extras = {"init_weights": False} if arch in ("googlenet", "inception_v3") else {}
     with torch.device("meta"):
         model = models.get_model(arch, weights=None, num_classes=7, **extras)
-    assert cli.number_of_classes(model.state_dict()) == 7
+    assert number_of_outputs(model.state_dict()) == 7
 
 
 def test_old_names_of_densenet() -> None:
     old = "module.features.denseblock1.denselayer2.norm.1.weight"
-    assert cli.plain_key(old) == "features.denseblock1.denselayer2.norm1.weight"
-    assert cli.plain_key("features.norm0.weight") == "features.norm0.weight"
+    assert plain_key(old) == "features.denseblock1.denselayer2.norm1.weight"
+    assert plain_key("features.norm0.weight") == "features.norm0.weight"
 
 
 def test_doctor_says_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -233,3 +251,62 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["--version"])
     assert exit_info.value.code == 0
     assert capsys.readouterr().out.startswith("captum-rlrp ")
+
+
+# ---- explain takes what dataset takes -----------------------------------------------------------
+
+NET = "tests.dataset_samples:build"
+
+
+def test_explains_a_model_of_ones_own_in_batches(tmp_path: Path) -> None:
+    """Numbers of each picture alone, though three went through together; and the page."""
+    write_pictures(tmp_path / "in", per_class=1)
+    files = sorted((tmp_path / "in").rglob("*.png"))
+    options = ["--model", NET, "--pixels", 8, "--batch-size", 2, "--target", "1,predicted"]
+    assert explain(*files, *options, out=tmp_path / "out") == 0
+    reports = [json.loads(path.read_text()) for path in sorted((tmp_path / "out").glob("*.json"))]
+    assert len(reports) == 6
+    model = build()
+    for report in reports:
+        with Image.open(report["image"]) as opened:
+            image = ImageOps.fit(opened.convert("RGB"), (8, 8))
+        x = torch.tensor(np.asarray(image)).permute(2, 0, 1)[None] / 255
+        scores = model(x)[0]
+        assert report["logit"] == pytest.approx(scores[report["target"]].item(), rel=1e-5)
+        relevance = RelativeLRP(model).attribute(x, target=report["target"])
+        assert report["sum_abs_relevance"] == pytest.approx(relevance.abs().sum().item(), rel=1e-4)
+    assert sum(report["target"] == 1 for report in reports) >= 3
+    assert (tmp_path / "out" / "index.html").read_text("utf-8").count("data:image/png") >= 12
+
+
+def test_explains_samples_that_are_no_files(tmp_path: Path) -> None:
+    assert explain("tests.dataset_samples:pictures", "--model", NET, out=tmp_path / "out") == 2
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["index.html"]  # 5 is broken
+
+
+def test_replaces_no_file_that_is_not_its_own(
+    image: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "noise.json").write_text('{"mine": 1}')
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "notes.js").write_text("mine")
+    arguments = (image, "--arch", ARCH, "--weights", weights)
+    for _ in range(2):  # the second time it replaces what the first wrote
+        assert explain(*arguments, out=tmp_path) == 0
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            *("data", "index.html", "noise-2.json", "noise-2.png", "noise.json"),
+        ]
+    assert (tmp_path / "noise.json").read_text() == '{"mine": 1}'
+    assert (tmp_path / "data" / "notes.js").read_text() == "mine"
+    (tmp_path / "index.html").write_text("my homepage")
+    capsys.readouterr()
+    assert explain(*arguments, out=tmp_path) == 2
+    assert "index.html is there and no report of captum_rlrp" in the_error(capsys)
+    assert (tmp_path / "index.html").read_text() == "my homepage"
+
+
+def test_a_grey_picture_of_16_bits_is_not_white(tmp_path: Path) -> None:
+    levels = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(levels).save(tmp_path / "scan.png")
+    read = np.asarray(read_picture(tmp_path / "scan.png"))
+    assert read[..., 0].tolist() == np.rint(levels / 257).astype(int).tolist()

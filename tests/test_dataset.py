@@ -20,13 +20,13 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from captum_rlrp import InputError, LayerRelativeLRP, RelativeLRP
+from captum_rlrp import InputError, LayerRelativeLRP, RelativeLRP, RelevanceStatistics
 from captum_rlrp.dataset.runner import explain_dataset
 from captum_rlrp.dataset.shown import Shown
 from captum_rlrp.dataset.store import Run, StorageError, merge
 from captum_rlrp.dataset.stored import StoredRun
 
-from .dataset_samples import CLASSES, Pictures, Reader, build
+from .dataset_samples import CLASSES, Pictures, Reader, build, write_pictures
 
 h5py = pytest.importorskip("h5py")
 ROOT = Path(__file__).parents[1]
@@ -39,7 +39,26 @@ def explain(out: Path, dataset: Any = None, **options: Any) -> Path:
 
 
 def shards(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((out / "shards").iterdir())}
+    """Every array of every shard. Not the files' bytes: LZF packs the same values in many ways."""
+    found: dict[str, bytes] = {}
+    for path in sorted((out / "shards").iterdir()):
+        found |= arrays(path)
+    return found
+
+
+def arrays(path: Path) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+
+    def note(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset):
+            value = item[()]
+            content = repr(value.tolist()).encode() if item.dtype == object else value.tobytes()
+            found[f"{path.name}:{name}"] = repr((item.shape, item.dtype)).encode() + content
+
+    with h5py.File(path) as file:
+        file.visititems(note)
+        found[path.name] = repr(sorted(file.attrs.items())).encode()
+    return found
 
 
 # ---- what is stored -----------------------------------------------------------------------------
@@ -117,6 +136,50 @@ def test_tokens_are_explained_at_the_embedding(tmp_path: Path) -> None:
         assert file["tokens"].asstr()[0].tolist() == [words[i] for i in tokens[0]]
 
 
+def test_statistics_are_those_of_the_stored_rows(tmp_path: Path) -> None:
+    """Against NumPy, over several shards, with a sample that is skipped and two targets."""
+    path = explain(tmp_path, Pictures(broken=(5,)), target=["predicted", "label"],
+                   layers=["conv", "pool"], statistics="all")  # fmt: skip
+    kept = StoredRun(tmp_path).statistics()
+    assert kept.layers == ["input", "conv", "pool", "head"]
+    assert kept.edges == [("input", "conv"), ("conv", "pool"), ("pool", "head")]
+    with h5py.File(path) as file:
+        assert not [name for name in file if name.startswith("statistics")]
+        classes = file["target"][:]
+        assert kept.counts == {n: int((classes == n).sum()) for n in np.unique(classes)}
+        for layer, key in (("input", "attribution"), ("conv", "layers/conv")):
+            for of in (None, int(classes[1])):
+                rows = file[key][:].astype(float)[classes == of if of is not None else slice(None)]
+                units = rows.sum((2, 3))
+                assert kept.mean(layer, of).numpy() == pytest.approx(units.mean(0), abs=1e-9)
+                error = units.std(0, ddof=1) / len(units) ** 0.5
+                assert kept.standard_error(layer, of).numpy() == pytest.approx(error, rel=1e-5)
+                assert kept.mass(layer, of) == pytest.approx(abs(rows).sum((1, 2, 3)).mean())
+
+
+def test_statistics_of_some_layers_and_on_disk(tmp_path: Path) -> None:
+    explain(tmp_path, statistics=["pool"], channels=["conv"])
+    kept = RelevanceStatistics.load(tmp_path / "statistics.h5")
+    assert kept.layers == ["input", "conv", "pool"]
+    images = torch.stack([Pictures()[i][0] for i in range(22)])
+    collected = RelevanceStatistics.collect(build(), [images])
+    for layer in kept.layers:
+        torch.testing.assert_close(kept.mean(layer), collected.mean(layer), rtol=1e-4, atol=1e-8)
+        assert kept.effective_units(layer) == pytest.approx(collected.effective_units(layer), 1e-4)
+
+
+def test_channels_of_a_transformer_lie_last(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Flatten(), nn.Linear(18, 2)).eval()
+    x = torch.randn(5, 3, 4)
+    path = explain_dataset(
+        model, TensorDataset(x), tmp_path, channels=["0"], unit_dim=-1, target=1, progress=False
+    )
+    expected = LayerRelativeLRP(model, model[0]).attribute(x, target=1).sum(1)
+    with h5py.File(path) as file:
+        torch.testing.assert_close(torch.tensor(file["channels/0"][:]), expected)
+
+
 def test_files_that_virelay_opens(tmp_path: Path) -> None:
     explain(tmp_path, shown=Shown(["ant", "bee", "cat"]))
     labels = json.loads((tmp_path / "label_map.json").read_text())
@@ -132,16 +195,19 @@ def test_files_that_virelay_opens(tmp_path: Path) -> None:
 # ---- the cut changes nothing --------------------------------------------------------------------
 
 
-def test_a_resumed_run_has_the_same_bytes(tmp_path: Path) -> None:
-    explain(tmp_path / "whole")
+def test_a_resumed_run_has_the_same_bits(tmp_path: Path) -> None:
+    explain(tmp_path / "whole", statistics="all", channels=["conv"])
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shards_of_cut = sorted((tmp_path / "cut" / "shards").iterdir())
     shards_of_cut[0].unlink()
     content = shards_of_cut[1].read_bytes()
     shards_of_cut[1].write_bytes(content[: len(content) // 2])  # half-written
     (tmp_path / "cut" / "shards" / "000002.h5.77.part").write_bytes(b"half")
-    explain(tmp_path / "cut")
+    (tmp_path / "cut" / "statistics.h5").unlink()
+    explain(tmp_path / "cut", statistics="all", channels=["conv"])
     assert shards(tmp_path / "cut") == shards(tmp_path / "whole")
+    kept = arrays(tmp_path / "whole" / "statistics.h5")
+    assert arrays(tmp_path / "cut" / "statistics.h5") == kept
 
 
 def test_a_batch_with_broken_samples_gives_the_others_the_same_rows(tmp_path: Path) -> None:
@@ -165,6 +231,31 @@ def test_worker_processes_read_the_same(tmp_path: Path) -> None:
     explain(tmp_path / "a", dataset)
     explain(tmp_path / "b", dataset, workers=2)
     assert shards(tmp_path / "a") == shards(tmp_path / "b")
+
+
+@pytest.mark.parametrize("lost", ["data.h5", "statistics.h5", "label_map.json", "run.json"])
+def test_killed_while_it_merges(lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All shards are there, the files over them are not; and a report was made meanwhile."""
+    real = Path.replace
+
+    def replace_or_die(self: Path, target: Path) -> Any:
+        if Path(target).name == lost and len(list(tmp_path.glob("shards/*.h5"))) == 3:
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        explain(tmp_path, statistics="all")
+    monkeypatch.undo()
+    StoredRun(tmp_path).close()
+    explain(tmp_path, statistics="all")
+    whole = explain(tmp_path.with_name("whole"), statistics="all").parent
+    for name in ("attribution.h5", "data.h5", "statistics.h5"):
+        ours, theirs = arrays(tmp_path / name), arrays(whole / name)
+        ours.pop("attribution.h5", None), theirs.pop("attribution.h5", None)  # has times
+        assert ours == theirs
+    for name in ("label_map.json", "project.yaml", "skipped.csv"):
+        assert (tmp_path / name).exists()
 
 
 def test_a_run_that_is_done_is_left_alone(tmp_path: Path) -> None:
@@ -239,7 +330,7 @@ def test_a_full_disk_is_said_and_costs_nothing(
     with pytest.raises(StorageError, match=r"No space left on device.*Make room and run the same"):
         explain(tmp_path / "full")
     monkeypatch.undo()
-    assert list(shards(tmp_path / "full")) == ["000000.h5"]
+    assert [path.name for path in (tmp_path / "full" / "shards").iterdir()] == ["000000.h5"]
     merge(tmp_path / "full")  # what is there is usable
     with h5py.File(tmp_path / "full" / "attribution.h5") as file:
         assert len(file["attribution"]) == 8
@@ -251,7 +342,7 @@ def test_a_full_disk_is_said_and_costs_nothing(
 def test_a_file_that_may_not_grow_is_said(tmp_path: Path) -> None:
     """The real thing: the operating system cuts the writing short."""
     explain(tmp_path / "whole")
-    size = len(shards(tmp_path / "whole")["000000.h5"])
+    size = (tmp_path / "whole" / "shards" / "000000.h5").stat().st_size
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
@@ -281,6 +372,21 @@ def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
+def test_files_of_others_are_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "data.h5").write_text("mine")
+    (tmp_path / "film.part").write_text("mine")
+    with pytest.raises(StorageError, match=r"holds no run, but data\.h5, which a run would"):
+        explain(tmp_path)
+    (tmp_path / "data.h5").rename(tmp_path / "mine.h5")
+    explain(tmp_path)
+    assert (tmp_path / "film.part").read_text() == "mine"
+
+
+def test_fewer_samples_than_a_batch(tmp_path: Path) -> None:
+    explain(tmp_path, Pictures(3), batch_size=8)
+    assert Run.read(tmp_path).batch_size == 3
+
+
 def test_folder_of_no_run(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"holds no run\.json"):
         Run.read(tmp_path)
@@ -289,18 +395,44 @@ def test_folder_of_no_run(tmp_path: Path) -> None:
 # ---- several processes --------------------------------------------------------------------------
 
 
-def test_two_ranks_by_torchrun_give_the_bytes_of_one(tmp_path: Path) -> None:
+def torchrun(ranks: int, *arguments: object, out: Path) -> subprocess.CompletedProcess[str]:
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+    options = ["--workers", 0, "--device", "cpu", "--threads", 1, "--out", out]
+    command = [sys.executable, *start, "-m", "captum_rlrp", "dataset", *arguments, *options]
+    return subprocess.run(
+        [str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_two_ranks_by_torchrun_give_the_bits_of_one(tmp_path: Path) -> None:
+    two, one = tmp_path / "two", tmp_path / "one"
     arguments = ["tests.dataset_samples:pictures", "--model", "tests.dataset_samples:build",
-                 "--batch-size", "4", "--shard-size", "4", "--workers", "0", "--device", "cpu",
-                 "--channels", "conv"]  # fmt: skip
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*start, "-m", "captum_rlrp", "dataset", *arguments, "--out", str(tmp_path / "two")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+                 "--batch-size", 4, "--shard-size", 4, "--channels", "conv",
+                 "--statistics", "all"]  # fmt: skip
+    done = torchrun(2, *arguments, out=two)
     assert done.returncode == 0, done.stderr
     assert "1 samples skipped" in done.stderr
     assert "on 2 ranks" in done.stdout
-    explain(tmp_path / "one", Pictures(broken=(5,)), shard_size=4, channels=["conv"])
-    assert shards(tmp_path / "two") == shards(tmp_path / "one")
+    dataset = Pictures(broken=(5,))
+    options: dict[str, Any] = {"shard_size": 4, "channels": ["conv"], "statistics": "all"}
+    explain(one, dataset, **options)
+    for _ in range(2):
+        assert shards(two) == shards(one)
+        assert arrays(two / "statistics.h5") == arrays(one / "statistics.h5")
+        # Then what is missing is made by another number of ranks.
+        (two / "shards" / "000003.h5").unlink()
+        (two / "statistics.h5").unlink()
+        explain(two, dataset, **options)
+
+
+def test_more_ranks_than_samples(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "in", per_class=1)
+    data = (tmp_path / "in" / "ant" / "0.png", "--model", "tests.dataset_samples:build")
+    done = torchrun(3, *data, "--pixels", 8, "--statistics", "all", out=tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "on 3 ranks" in done.stdout
+    with h5py.File(tmp_path / "out" / "attribution.h5") as file:
+        assert file["index"][:].tolist() == [0]
 
 
 def test_killed_ranks_cost_nothing() -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from captum_rlrp import InputError, cli
+from captum_rlrp import InputError, RelevanceStatistics, cli
 from captum_rlrp.dataset.files import label_numbers, load_data
+from captum_rlrp.dataset.ranks import share_of_cores
 from captum_rlrp.dataset.sources import Source, load_model
 
 from .dataset_samples import write_pictures
@@ -60,7 +63,7 @@ def test_a_folder_and_a_checkpoint(
 def test_files_and_a_table(photos: Path, tmp_path: Path) -> None:
     files = [photos / "ant" / "0.png", photos / "cat" / "2.png"]
     assert run(*files, "--model", NET, "--pixels", 8, out=tmp_path / "a") == 0
-    (photos / "list.csv").write_text("file,label\nant/0.png,dog\ncat/2.png,ant\n")
+    (photos / "list.csv").write_text("file,label\nant/0.png,1\ncat/2.png,0\n")
     assert run(photos / "list.csv", "--model", NET, "--pixels", 8, out=tmp_path / "b") == 0
     with h5py.File(tmp_path / "a" / "attribution.h5") as a:
         assert a["attribution"].shape == (2, 3, 8, 8)
@@ -106,13 +109,52 @@ def test_text_of_hugging_face(tmp_path: Path) -> None:
 
 
 def test_labels_mean_classes_by_name_or_by_order() -> None:
-    assert label_numbers(["ant", "bee"], None) == {"ant": 0, "bee": 1}
+    assert label_numbers(["ant", "bee"], None) == {}
+    assert label_numbers(["bee", "ant"], ["x", "y"]) == {"ant": 0, "bee": 1}
     assert label_numbers(["Great_Owl", "cat"], ["cat", "great owl", "ox"]) == {
         "Great_Owl": 1,
         "cat": 0,
     }
     assert label_numbers(["n01", "n02"], ["cat", "owl"]) == {"n01": 0, "n02": 1}
     assert label_numbers(["n01", "n02"], ["cat", "owl", "ox"]) == {}
+
+
+def test_folders_that_are_no_classes_are_not_taken_for_some(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two folders, a network of three outputs that have no names."""
+    for name in ("ant", "cat"):
+        shutil.copytree(photos / name, tmp_path / "few" / name)
+    arguments = (tmp_path / "few", "--model", NET, "--pixels", 8)
+    assert run(*arguments, out=tmp_path / "a") == 0
+    assert "2 labels are no class of the model (ant, cat)" in capsys.readouterr().err
+    (tmp_path / "names.txt").write_text("ant\nbee\ncat\n")
+    assert run(*arguments, "--classes", tmp_path / "names.txt", out=tmp_path / "b") == 0
+    labelled = []
+    for out in ("a", "b"):
+        with h5py.File(tmp_path / out / "data.h5") as file:
+            labelled.append(file["labelled"][:].tolist())
+            labels = file["label"][:].tolist()
+    assert labelled == [[False] * 6, [True] * 6]
+    assert labels == [0, 0, 0, 2, 2, 2]
+
+
+def test_statistics_by_the_command(photos: Path, tmp_path: Path) -> None:
+    arguments = (photos, "--model", NET, "--pixels", 8)
+    assert run(*arguments, "--statistics", "all", out=tmp_path / "a") == 0
+    assert run(*arguments, "--statistics", "conv,pool", out=tmp_path / "b") == 0
+    whole, some = (RelevanceStatistics.load(tmp_path / n / "statistics.h5") for n in "ab")
+    assert whole.layers == ["input", "conv", "pool", "head"]
+    assert some.layers == ["input", "conv", "pool"]
+    torch.testing.assert_close(some.mean("pool"), whole.mean("pool"))
+
+
+def test_cores_are_shared_among_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
+    for ranks, omp, threads in (("4", "1", 3), ("16", "1", 1), ("4", "5", None), ("1", "1", None)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        monkeypatch.setenv("OMP_NUM_THREADS", omp)
+        assert share_of_cores() == threads
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,30 @@ def test_statistics_of_a_stored_run(run: Path) -> None:
     assert statistics.compare("conv", some).adjusted.shape == (4,)
 
 
+def test_statistics_that_the_run_kept(tmp_path: Path) -> None:
+    pytest.importorskip("scipy")
+    explain_dataset(
+        build(), Pictures(24), tmp_path, target="label", statistics="all", progress=False
+    )
+    page = build_report(tmp_path)
+    text = page.read_text("utf-8")
+    assert "Flow of relevance through the layers" in text
+    units = data_of(page)["summaries"][0]["units"]
+    assert [layer for layer, _ in units] == ["input", "conv", "pool", "head"]
+
+
+def test_only_reports_are_replaced(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.js").write_text("mine")
+    (tmp_path / "data" / "thumbs-00009.js").write_text("of an earlier report")
+    build_report(run, tmp_path)
+    build_report(run, tmp_path)
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["mine.js"]
+    (tmp_path / "index.html").write_text("<h1>mine</h1>")
+    with pytest.raises(StorageError, match="no report of captum_rlrp, so it is not replaced"):
+        build_report(run, tmp_path)
+
+
 def test_of_a_run_cut_short(run: Path, tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
     for name in ("run.json", "shards/000000.h5"):

@@ -35,8 +35,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run")
     explain_dataset(
-        build(), Pictures(120), out, layers=["pool"], channels=["conv"], batch_size=40,
-        shown=Shown(["ant", "bee", "cat"]), progress=False,
+        build(), Pictures(120), out, target="label", layers=["pool"], statistics="all",
+        batch_size=40, shown=Shown(["ant", "bee", "cat"]), progress=False,
     )  # fmt: skip
     return out
 
@@ -92,7 +92,7 @@ def pixels(page: Any) -> list[int]:
 def test_open_filter_move_follow(run: Path, tmp_path: Path, visit: Visit) -> None:
     page = visit.open(build_report(run, tmp_path))
     assert page.inner_text("#view-overview h2") == "Overview"
-    assert page.locator("svg").count() == 4
+    assert page.locator("svg").count() == 4  # three of all samples, and the flow
     page.click("text=Gallery")
     assert page.inner_text("#found") == "120 of 120, page 1 of 3"
     assert page.locator("#grid li").count() == 48
@@ -127,6 +127,10 @@ def test_open_filter_move_follow(run: Path, tmp_path: Path, visit: Visit) -> Non
     page.click("text=Classes")
     three = "document.querySelectorAll('#compared canvas').length === 3"
     page.wait_for_function(three)  # two means and their difference
+    page.select_option("#layer", "pool")
+    page.wait_for_selector("#compared >> text=Apart from all others: pool")
+    page.select_option("#layer", "head")
+    page.wait_for_selector("#compared >> text=Apart from all others: head")
     assert page.locator("#class-table tr").count() > 1
 
 

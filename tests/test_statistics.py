@@ -6,6 +6,7 @@ import itertools
 import pickle
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from captum_rlrp import InputError, LayerRelativeLRP, RelativeLRP, RelevanceStatistics
 from captum_rlrp.dataset.flow import carried_by
 from captum_rlrp.dataset.significance import benjamini_hochberg, holm, two_sided_p
+from captum_rlrp.run import capturing
 from tests.oracle import randomise_norms
 
 matplotlib.use("Agg")
@@ -399,3 +401,44 @@ def test_dense_layers_have_their_neurons_as_units() -> None:
     x = F.normalize(torch.randn(9, 3))
     made = RelevanceStatistics.collect(model, [x])
     assert [len(made.mean(name)) for name in made.layers] == [3, 5, 5, 2]
+
+
+def test_a_batch_that_goes_through_in_portions(
+    model: nn.Module, data: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As large ones do on a CPU: the targets of each portion are its own samples'."""
+    for target, batch in ((None, data[0]), ("label", data)):
+        whole = RelevanceStatistics.collect(model, [batch], target=target)
+        with monkeypatch.context() as patch:
+            patch.setattr(capturing, "find_portion", lambda graph, layouts: 16)
+            divided = RelevanceStatistics.collect(model, [batch], target=target)
+        assert divided.counts == whole.counts
+        for of in (None, *whole.counts):
+            close(divided.mean("conv", of), whole.mean("conv", of))
+
+
+def test_parts_counted_apart_and_saved(
+    data: tuple[Tensor, Tensor],
+    statistics: RelevanceStatistics,
+    stored: dict[str, np.ndarray],
+    tmp_path: Path,
+) -> None:
+    """Two halves, explained elsewhere, written and read, are the whole."""
+    halves = []
+    for part in (slice(0, 20), slice(20, 41)):
+        half = RelevanceStatistics()
+        relevance = {name: torch.from_numpy(stored[name][part]) for name in LAYERS}
+        half.add(relevance, data[1][part])
+        half.edges = statistics.edges
+        half.save(tmp_path / "half.h5")
+        halves.append(RelevanceStatistics.load(tmp_path / "half.h5"))
+    halves[0].merge(halves[1])
+    assert halves[0].layers == LAYERS
+    assert halves[0].edges == statistics.edges
+    for layer in LAYERS:
+        for of in (None, 0, 1, 2):
+            close(halves[0].mean(layer, of), statistics.mean(layer, of))
+            close(halves[0].standard_error(layer, of), statistics.standard_error(layer, of))
+            close(halves[0].mass(layer, of), statistics.mass(layer, of))
+    with pytest.raises(InputError, match="statistics of the layers input, conv"):
+        halves[0].add({"conv": torch.zeros(2, 4)}, torch.zeros(2, dtype=torch.long))

@@ -10,6 +10,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from .flow import BETWEEN, LABEL, NEGATIVE, POSITIVE
+from .statistics import RelevanceStatistics
 from .store import Array
 
 # Vermilion and blue of Okabe and Ito's palette: told apart with every kind of colour vision.
@@ -44,6 +46,21 @@ def bars(names: Sequence[str], values: Sequence[float], label: str) -> str:
     axis.invert_yaxis()
     axis.set_xlabel(label)
     return svg(figure, f"Bars: {label}")
+
+
+def flow(statistics: RelevanceStatistics) -> str:
+    """How relevance flows through the layers of which statistics are kept."""
+    figure = Figure(figsize=(min(3 + 0.3 * len(statistics.layers), 30), 4), layout="constrained")
+    with matplotlib.rc_context(
+        {"text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK,
+         "ytick.color": _INK}
+    ):  # fmt: skip
+        statistics.plot_flow(figure.subplots())
+        text = svg(figure, "Flow of relevance through the layers")
+    shown = {POSITIVE: "--for", NEGATIVE: "--against", BETWEEN: "--line", LABEL: "--soft"}
+    for drawn, variable in shown.items():
+        text = text.replace(drawn, f"var({variable})")
+    return text
 
 
 def svg(figure: Figure, title: str) -> str:

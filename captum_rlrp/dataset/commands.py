@@ -1,4 +1,4 @@
-"""The commands ``captum-rlrp dataset`` and ``captum-rlrp report``."""
+"""The commands ``captum-rlrp dataset`` and ``captum-rlrp report``, and what ``explain`` shares."""
 
 from __future__ import annotations
 
@@ -10,8 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 
 from ..errors import InputError
+from .files import load_data, words_of
+from .ranks import local_rank, share_of_cores
+from .runner import explain_dataset
+from .shown import Shown
+from .sources import Source, count_outputs, load_model
+from .store import hdf5
 
 
 def add_parsers(commands: Any) -> None:
@@ -23,43 +30,30 @@ def add_parsers(commands: Any) -> None:
         "goes on where a run stopped. On several GPUs or machines: torchrun --nproc-per-node N -m "
         "captum_rlrp dataset …",
     )
-    dataset.add_argument(
-        "data",
-        nargs="+",
-        metavar="DATA",
-        help="a folder of pictures or of one folder per class, a CSV file with the columns file or "
-        "text and label, module:function that returns a Dataset, or picture files",
-    )
-    dataset.add_argument(
-        "--model",
-        required=True,
-        help="resnet50 (torchvision), timm/NAME, hf/NAME or hf/FOLDER, or module:function",
-    )
-    dataset.add_argument(
-        "--weights", metavar="FILE|DEFAULT|NAME", help="state-dict file, or a name"
-    )
+    add_options(dataset)
     dataset.add_argument("--out", required=True, type=Path, metavar="DIR")
-    dataset.add_argument(
-        "--target",
-        default="predicted",
-        help="predicted (the default), label, the number of a class, or several, with commas",
-    )
-    dataset.add_argument("--layers", default="", help="layers whose relevance is kept, with commas")
     dataset.add_argument("--channels", default="", help="layers whose channels' sums are kept")
-    dataset.add_argument("--embedding", help="the layer at which tokens are explained")
-    dataset.add_argument("--batch-size", type=int, default=32, metavar="N")
+    dataset.add_argument(
+        "--statistics", default="", metavar="LAYERS|all", help="layers of which statistics are kept"
+    )
+    dataset.add_argument(
+        "--unit-dim",
+        type=int,
+        default=1,
+        metavar="N",
+        help="dimension in which channels lie: 1 (the default), or -1 for transformers",
+    )
     dataset.add_argument("--shard-size", type=int, metavar="N", help="samples per file")
     dataset.add_argument("--dtype", choices=["float32", "float16"], default="float32")
     dataset.add_argument("--compression", choices=["lzf", "gzip", "none"], default="lzf")
     dataset.add_argument("--workers", type=int, default=2, help="processes that read samples")
-    dataset.add_argument("--classes", type=Path, metavar="FILE", help="class names, one per line")
     dataset.add_argument(
-        "--features", metavar="NAMES", help="names of a table's columns, with commas"
+        "--threads",
+        type=int,
+        metavar="N",
+        help="of PyTorch, for each process (default: this machine's cores shared among its ranks)",
     )
     dataset.add_argument("--no-inputs", action="store_true", help="do not store the inputs")
-    dataset.add_argument("--pixels", type=int, metavar="N", help="side of pictures, if not known")
-    dataset.add_argument("--tokens", type=int, default=128, metavar="N", help="length of texts")
-    dataset.add_argument("--device", default="auto", help="auto (the default), cpu, cuda, cuda:1 …")
     dataset.set_defaults(run=run_dataset)
 
     report = commands.add_parser(
@@ -74,43 +68,104 @@ def add_parsers(commands: Any) -> None:
     report.set_defaults(run=run_report)
 
 
-def run_dataset(options: argparse.Namespace) -> int:
-    """Load model and data, explain."""
-    from .files import load_data, words_of
-    from .ranks import local_rank
-    from .runner import explain_dataset
-    from .shown import Shown
-    from .sources import load_model
-    from .store import hdf5
+def add_options(parser: Any) -> None:
+    """Which model, which data, what is explained."""
+    parser.add_argument(
+        "data",
+        nargs="+",
+        metavar="DATA",
+        help="picture files, a folder of pictures or of one folder per class, a CSV file with the "
+        "columns file or text and label, or module:function that returns a Dataset",
+    )
+    parser.add_argument(
+        "--model",
+        "--arch",
+        required=True,
+        help="resnet50 (torchvision), timm/NAME, hf/NAME or hf/FOLDER, or module:function",
+    )
+    parser.add_argument("--weights", metavar="FILE|DEFAULT|NAME", help="state-dict file, or a name")
+    parser.add_argument(
+        "--target",
+        default="predicted",
+        help="predicted (the default), label, the number of a class, or several, with commas",
+    )
+    parser.add_argument("--layers", default="", help="layers whose relevance is kept, with commas")
+    parser.add_argument("--embedding", help="the layer at which tokens are explained")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N")
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="class names, one per line")
+    parser.add_argument(
+        "--features", default="", metavar="NAMES", help="names of a table's columns, with commas"
+    )
+    parser.add_argument("--pixels", type=int, metavar="N", help="side of pictures, if not known")
+    parser.add_argument("--tokens", type=int, default=128, metavar="N", help="length of texts")
+    parser.add_argument("--device", default="auto", help="auto (the default), cpu, cuda, cuda:1 …")
 
+
+def loaded(options: argparse.Namespace) -> tuple[Source, Dataset[Any]]:
+    """Model, on its device, and data."""
     hdf5()
+    device = _device(options.device, local_rank())
     source = load_model(options.model, options.weights, options.pixels)
     if options.classes is not None:
-        source.class_names = options.classes.read_text(encoding="utf-8").splitlines()
+        source.class_names = _read_names(options.classes)
     data = load_data(options.data, source, options.tokens)
-    source.model.to(_device(options.device, local_rank()))
-    path = explain_dataset(
+    names, outputs = source.class_names, count_outputs(source, data)
+    if options.classes is not None and outputs not in (None, len(names or ())):
+        raise InputError(
+            f"{options.classes} names {len(names or ())} classes; the network has {outputs}."
+        )
+    unknown = getattr(data, "unknown", ())
+    if unknown and int(os.environ.get("RANK", "0")) == 0:
+        print(
+            f"captum-rlrp: note: {len(unknown)} labels are no class of the model "
+            f"({', '.join(unknown[:4])}{' …' if len(unknown) > 4 else ''}); their samples count as "
+            "unlabelled. --classes names the classes.",
+            file=sys.stderr,
+        )
+    source.model.to(device)
+    return source, data
+
+
+def explained(
+    options: argparse.Namespace, source: Source, data: Dataset[Any], out: Path, **more: Any
+) -> Path:
+    """Explain as the options of :func:`add_options` say, and more of :func:`explain_dataset`'s."""
+    keep = more.pop("keep_inputs", True)
+    names = source.class_names, parts(options.features), source.mean, source.std
+    return explain_dataset(
         source.model,
         data,
-        options.out,
-        target=[_target(part) for part in _parts(options.target)],
-        layers=_parts(options.layers),
-        channels=_parts(options.channels),
+        out,
+        target=[_target(part) for part in parts(options.target)],
+        layers=parts(options.layers),
         embedding=options.embedding,
         batch_size=options.batch_size,
+        shown=Shown(*names, words_of(source), keep),
+        about={"model_name": options.model, "data": " ".join(options.data)},
+        **more,
+    )
+
+
+def run_dataset(options: argparse.Namespace) -> int:
+    """Load model and data, explain."""
+    threads = options.threads or share_of_cores()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    source, data = loaded(options)
+    statistics = parts(options.statistics)
+    path = explained(
+        options,
+        source,
+        data,
+        options.out,
+        channels=parts(options.channels),
+        statistics="all" if statistics == ["all"] else statistics,
+        unit_dim=options.unit_dim,
         shard_size=options.shard_size,
         dtype=options.dtype,
         compression=None if options.compression == "none" else options.compression,
         workers=options.workers,
-        shown=Shown(
-            source.class_names,
-            _parts(options.features or ""),
-            source.mean,
-            source.std,
-            words_of(source),
-            not options.no_inputs,
-        ),
-        about={"model_name": options.model, "data": " ".join(options.data)},
+        keep_inputs=not options.no_inputs,
     )
     if int(os.environ.get("RANK", "0")) == 0:
         _tell(path)
@@ -129,8 +184,6 @@ def run_report(options: argparse.Namespace) -> int:
 
 
 def _tell(path: Path) -> None:
-    from .store import hdf5
-
     with hdf5().File(path, "r") as file:
         about = dict(file.attrs)
     print(path)
@@ -145,12 +198,22 @@ def _tell(path: Path) -> None:
         print(f"{about['skipped']} samples skipped: {table} says why", file=sys.stderr)
 
 
-def _parts(text: str) -> list[str]:
+def parts(text: str) -> list[str]:
+    """What stands between commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _target(text: str) -> Any:
+    if text == "auto":
+        return "predicted"
     return int(text) if text.lstrip("-").isdigit() else text
+
+
+def _read_names(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"The class names in {path} cannot be read: {error}.") from None
 
 
 def _device(name: str, local_rank: int) -> torch.device:

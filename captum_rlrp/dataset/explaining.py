@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..attribution import Backend, LayerRelativeLRP, RelativeLRP
+from ..attribution import Backend
 from ..errors import InputError, NonFiniteError
 from .loading import NO_LABEL, Batch
+from .moments import unit_sums
+from .sites import ChosenStart, Sites
+from .statistics import RelevanceStatistics
 from .store import PER_SAMPLE, SCALE, Array
 
 Target = int | Literal["predicted", "label"]
+Kept = Sequence[str] | Literal["all"]
+
+
+@dataclass
+class Explained:
+    """What some samples gave.
+
+    Attributes:
+        arrays: By name, batch by batch, one row per explanation or per sample.
+        failed: Number and reason of each sample that could not be explained.
+        statistics: Of all of them, where asked for.
+    """
+
+    arrays: dict[str, list[Array]] = field(default_factory=dict)
+    failed: list[tuple[int, str]] = field(default_factory=list)
+    statistics: RelevanceStatistics = field(default_factory=RelevanceStatistics)
+
+    def add(self, arrays: Mapping[str, Array]) -> None:
+        """Add rows of a batch."""
+        for name, array in arrays.items():
+            self.arrays.setdefault(name, []).append(array)
+
+    def rows(self) -> dict[str, Array]:
+        """The arrays, each in one."""
+        return {name: np.concatenate(parts) for name, parts in self.arrays.items()}
 
 
 class Explainer:
@@ -26,6 +56,9 @@ class Explainer:
         targets: The outputs to explain, each giving one row per sample.
         layers: Names of layers whose relevance is kept.
         channels: Names of layers of which each channel's sum is kept.
+        statistics: Names of layers of which statistics are kept, and of the inputs and the layers
+            above with them; ``"all"`` for every leaf.
+        unit_dim: The dimension in which a layer's channels lie.
         embedding: Where integer inputs are explained; the only embedding of the model if None.
         batch_size: Batches with fewer samples are filled up, so that all have one shape.
         dtype: In which relevance is stored.
@@ -38,120 +71,113 @@ class Explainer:
         targets: Sequence[Target],
         layers: Sequence[str] = (),
         channels: Sequence[str] = (),
+        statistics: Kept = (),
+        unit_dim: int = 1,
         embedding: str | None = None,
         batch_size: int = 32,
         dtype: Literal["float16", "float32"] = "float32",
         backend: Backend = "auto",
     ) -> None:
         self.model, self.targets, self.backend = _Rows(model), list(targets), backend
-        self.layers, self.channels = list(layers), list(channels)
-        self.embedding, self.batch_size = embedding, batch_size
+        self.layers, self.channels, self.statistics = list(layers), list(channels), statistics
+        self.unit_dim, self.embedding, self.batch_size = unit_dim, embedding, batch_size
         self.dtype = np.dtype(dtype)
-        for name in dict.fromkeys(
-            [*self.layers, *self.channels, *([embedding] if embedding else [])]
-        ):
-            self._module(name)
-        self._method: RelativeLRP | LayerRelativeLRP | None = None
+        self.named = list(dict.fromkeys([*layers, *channels]))
+        more = () if statistics == "all" else statistics
+        self._looked_at = [self._module(name) for name in dict.fromkeys([*self.named, *more])]
+        if embedding is not None:
+            self._module(embedding)
+        self._sites: Sites | None = None
 
-    def __call__(self, batch: Batch) -> tuple[dict[str, Array], list[tuple[int, str]]]:
-        """The arrays of a batch, and the samples that could not be explained, with reasons.
+    def explain(self, batch: Batch, into: Explained) -> None:
+        """Explain a batch and add what it gives.
 
         Sample by sample, if the model computes what is not finite for one of them.
         """
         if not batch.index:
-            return {}, []
+            return
         try:
-            return self._explain(batch), []
+            self._explain(batch, into)
         except NonFiniteError:
-            parts, failed = [], []
             for i, index in enumerate(batch.index):
                 one = tuple(x[i : i + 1] for x in batch.inputs)
                 try:
-                    parts.append(self._explain(Batch([index], one, batch.labels[i : i + 1], [])))
+                    self._explain(Batch([index], one, batch.labels[i : i + 1], []), into)
                 except NonFiniteError as error:
-                    failed.append((index, str(error).splitlines()[0]))
-            return joined_rows(parts), failed
+                    into.failed.append((index, str(error).splitlines()[0]))
 
     # ---- inside --------------------------------------------------------------------------------
 
-    def _explain(self, batch: Batch) -> dict[str, Array]:
+    def _explain(self, batch: Batch, into: Explained) -> None:
         count = len(batch.index)
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         inputs = tuple(_filled(x, self.batch_size).to(device) for x in batch.inputs)
         labels = _filled(batch.labels, self.batch_size).to(device)
-        with torch.no_grad():
-            scores = self.model(*inputs)
-        if scores.dim() != 2:
-            raise InputError(
-                f"The model returns shape {tuple(scores.shape)}; to explain a data set it must "
-                "return one row of scores per sample."
-            )
         rows: dict[str, list[Tensor]] = {}  # by name: one tensor per target
-        chosen = [_choose(target, scores, labels[:count]) for target in self.targets]
-        for target in chosen:
-            for name, value in self._relevance(inputs, target).items():
-                rows.setdefault(name, []).append(value[:count])
+        starts, found = [], []
+        for target in self.targets:
+            start = ChosenStart(partial(_choose, target, labels), self.batch_size, self.model)
+            relevance, delta = self._at(inputs[0]).explain(inputs[:1], inputs[1:], start, True)
+            assert delta is not None
+            some = {n.removeprefix("model."): values[:count] for n, values in relevance.items()}
+            for name, value in self._kept(some, inputs[0], delta[:count]).items():
+                rows.setdefault(name, []).append(value)
+            starts.append(start)
+            found.append(some)
+        if self.statistics:  # nothing is counted of a batch that fails
+            for start, some in zip(starts, found, strict=True):
+                into.statistics.add(some, start.columns[:count], self.unit_dim)
+            into.statistics.edges = [
+                (a.removeprefix("model."), b.removeprefix("model."))
+                for a, b in self._at(inputs[0]).edges
+            ]
         arrays = {name: self._stored(name, values) for name, values in rows.items()}
-        times = len(self.targets)
-        predicted = scores.argmax(1)[:count].cpu().numpy()
+        times, scores = len(self.targets), starts[0].scores[:count].float().cpu().numpy()
         known = batch.labels.numpy() != NO_LABEL
         # ViRelAy wants a label for every row.
-        label = np.where(known, batch.labels.numpy(), predicted)
+        label = np.where(known, batch.labels.numpy(), scores.argmax(1))
         index = np.array(batch.index, np.int64)
+        number = np.uint16 if scores.shape[1] <= 2**16 else np.uint32
+        chosen = torch.stack([start.columns[:count] for start in starts], 1)
         arrays |= {
-            "prediction": scores[:count].float().cpu().numpy().repeat(times, 0),
-            "label": label.astype(np.uint16).repeat(times),
+            "prediction": scores.repeat(times, 0),
+            "label": label.astype(number).repeat(times),
             "index": index.repeat(times),
-            "target": torch.stack(chosen, 1)[:count].flatten().cpu().numpy().astype(np.uint16),
+            "target": chosen.flatten().cpu().numpy().astype(number),
             PER_SAMPLE + "index": index,
-            PER_SAMPLE + "label": label.astype(np.uint16),
+            PER_SAMPLE + "label": label.astype(number),
             PER_SAMPLE + "labelled": known,
         }
-        return arrays
+        into.add(arrays)
 
-    def _relevance(self, inputs: tuple[Tensor, ...], target: Tensor) -> dict[str, Tensor]:
+    def _kept(
+        self, relevance: dict[str, Tensor], first: Tensor, delta: Tensor
+    ) -> dict[str, Tensor]:
         """By name: relevance of the input and the layers, channel sums, delta, Σ|R|."""
-        method = self._made(inputs[0])
-        if isinstance(method, RelativeLRP):
-            first, delta = method.attribute(
-                inputs[0], target, inputs[1:] or None, return_convergence_delta=True
-            )
-            return {"attribution": first, "delta": delta, "mass/input": _mass(first)}
-        (first, *others), delta = method.attribute(
-            inputs[0], target, inputs[1:] or None, return_convergence_delta=True
-        )
-        result = {"delta": delta, "mass/input": _mass(first)}
-        # Of tokens: what their embedding's features got, together.
-        result["attribution"] = first if inputs[0].is_floating_point() else first.flatten(2).sum(2)
-        for name, values in zip(dict.fromkeys([*self.layers, *self.channels]), others, strict=True):
-            for i, value in enumerate(values if isinstance(values, tuple) else (values,)):
-                key = name if i == 0 else f"{name}#{i + 1}"
-                if len(value) != len(inputs[0]):
-                    raise InputError(
-                        f"Layer {name} gives shape {tuple(value.shape)}, which does not begin with "
-                        "the batch; leave it out."
-                    )
-                result[f"mass/{key}"] = _mass(value)
-                if name in self.layers:
-                    result[f"layers/{key}"] = value
-                if name in self.channels:
-                    result[f"channels/{key}"] = (
-                        value.flatten(2).sum(2) if value.dim() > 2 else value
-                    )
+        if first.is_floating_point():
+            place = attribution = relevance["input"]
+        else:  # of tokens: what their embedding's features got, together
+            place = relevance[self.embedding or self._only_embedding()]
+            attribution = place.flatten(2).sum(2)
+        result = {"delta": delta, "mass/input": _mass(place), "attribution": attribution}
+        for name, value in relevance.items():
+            layer = name.split("#")[0]
+            if layer in self.named:
+                result[f"mass/{name}"] = _mass(value)
+            if layer in self.layers:
+                result[f"layers/{name}"] = value
+            if layer in self.channels:
+                result[f"channels/{name}"] = unit_sums(value, self.unit_dim)
         return result
 
-    def _made(self, first: Tensor) -> RelativeLRP | LayerRelativeLRP:
-        if self._method is None:
-            others = [self._module(n) for n in dict.fromkeys([*self.layers, *self.channels])]
+    def _at(self, first: Tensor) -> Sites:
+        if self._sites is None:
+            modules = list(self._looked_at)
             if not first.is_floating_point():
-                place = self._module(self.embedding or self._only_embedding())
-                self._method = LayerRelativeLRP(self.model, [place, *others], self.backend)
-            elif others:
-                modules = [self.model.input, *others]
-                self._method = LayerRelativeLRP(self.model, modules, self.backend)
-            else:
-                self._method = RelativeLRP(self.model, self.backend)
-        return self._method
+                modules.insert(0, self._module(self.embedding or self._only_embedding()))
+            leaves = self.statistics == "all"
+            self._sites = Sites(self.model, modules, leaves, self.backend)
+        return self._sites
 
     def _module(self, name: str) -> nn.Module:
         try:
@@ -186,24 +212,16 @@ class Explainer:
 
 
 class _Rows(nn.Module):
-    """A model with its input as a layer, so that one pass explains both, and with plain scores."""
+    """A model with plain scores."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.input, self.model = nn.Identity(), model
+        self.model = model
         self.train(model.training)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        output: Any = self.model(self.input(inputs[0]), *inputs[1:])
+        output: Any = self.model(*inputs)
         return output if isinstance(output, Tensor) else output.logits
-
-
-def joined_rows(parts: Sequence[dict[str, Array]]) -> dict[str, Array]:
-    """The arrays of several batches, one after the other."""
-    parts = [part for part in parts if part]
-    return (
-        {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
-    )
 
 
 def _filled(x: Tensor, size: int) -> Tensor:
@@ -216,8 +234,8 @@ def _mass(relevance: Tensor) -> Tensor:
     return flat.abs().sum(1, dtype=torch.float64)
 
 
-def _choose(target: Target, scores: Tensor, labels: Tensor) -> Tensor:
-    """The output to explain of each sample; those that fill the batch up count, too."""
+def _choose(target: Target, labels: Tensor, scores: Tensor, rows: slice) -> Tensor:
+    """The output to explain of each of these rows; those that fill the batch up count, too."""
     if target == "predicted":
         return scores.argmax(1)
     if target == "label":
@@ -226,7 +244,7 @@ def _choose(target: Target, scores: Tensor, labels: Tensor) -> Tensor:
                 "The labels are to be explained, and some samples have none. Explain the "
                 "prediction (target 'predicted'), or give every sample its label."
             )
-        chosen = _filled(labels, len(scores))
+        chosen = labels[rows]
     else:
         chosen = torch.full((len(scores),), target, device=scores.device)
     if not 0 <= int(chosen.min()) <= int(chosen.max()) < scores.shape[1]:

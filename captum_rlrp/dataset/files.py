@@ -7,18 +7,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import InputError
-from .sources import Source, call_named
+from .loading import UnreadableError
+from .sources import Source, call_named, count_outputs
 
 PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 class PictureFiles(Dataset[Any]):
-    """Pictures in files, with labels where they are known."""
+    """Pictures in files, with labels where they are known.
+
+    Attributes:
+        unknown: Names of labels that are no class of the model.
+    """
+
+    unknown: Sequence[str] = ()
 
     def __init__(
         self,
@@ -34,13 +42,44 @@ class PictureFiles(Dataset[Any]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int | None]:
-        with Image.open(self.paths[index]) as picture:
-            upright = ImageOps.exif_transpose(picture).convert("RGB")
-        return self.transform(upright), self.labels[index]
+        return self.transform(read_picture(self.paths[index])), self.labels[index]
+
+
+def read_picture(path: Path) -> Any:
+    """The picture, upright, in RGB with 8 bits for each colour."""
+    try:
+        with Image.open(path) as picture:
+            return _in_8_bits(path, ImageOps.exif_transpose(picture)).convert("RGB")
+    except UnidentifiedImageError:
+        raise UnreadableError(f"{path} is not an image that Pillow can read") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UnreadableError(f"{path} cannot be read: {reason}") from None
+
+
+def _in_8_bits(path: Path, picture: Any) -> Any:
+    """Grey pictures of 16 bits, which Pillow would cut off at white."""
+    if picture.mode == "F":
+        raise UnreadableError(
+            f"{path} holds floating-point numbers, of which no range is known to be black and "
+            "white; convert it to 8 or 16 bits"
+        )
+    if picture.mode != "I" and not picture.mode.startswith("I;16"):
+        return picture
+    levels = np.asarray(picture).astype(np.int64)
+    if levels.min() < 0 or levels.max() > 65535:
+        raise UnreadableError(f"{path} holds levels beyond 16 bits; convert it to 8 or 16")
+    return Image.fromarray(np.rint(levels / 257).astype(np.uint8))
 
 
 class Texts(Dataset[Any]):
-    """Texts as tokens, all brought to one length; the attention mask is a second input."""
+    """Texts as tokens, all brought to one length; the attention mask is a second input.
+
+    Attributes:
+        unknown: Names of labels that are no class of the model.
+    """
+
+    unknown: Sequence[str] = ()
 
     def __init__(
         self, texts: Sequence[str], labels: Sequence[int | None], tokenizer: Any, length: int
@@ -93,24 +132,30 @@ def _folder(root: Path, source: Source) -> PictureFiles:
     paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
     if not paths:
         raise InputError(f"{root} holds no pictures ({', '.join(sorted(PICTURES))}).")
-    owners = [path.relative_to(root).parts[0] for path in paths]
-    is_labelled = all(len(path.relative_to(root).parts) > 1 for path in paths)
-    folders = sorted(set(owners)) if is_labelled else []
-    numbers = label_numbers(folders, source.class_names)
-    if source.class_names is None and folders:
-        source.class_names = folders
-    labels = [numbers.get(owner) for owner in owners]
-    return PictureFiles(paths, labels, _transform(source), root)
+    made = PictureFiles(paths, [None] * len(paths), _transform(source), root)
+    if all(len(path.relative_to(root).parts) > 1 for path in paths):
+        label(made, [path.relative_to(root).parts[0] for path in paths], source)
+    return made
+
+
+def label(made: PictureFiles | Texts, given: Sequence[str], source: Source) -> None:
+    """Give the samples their labels, of which "" is none, and unnamed classes these names."""
+    distinct = sorted({name for name in given if name})
+    if source.class_names is None and len(distinct) == count_outputs(source, made):
+        source.class_names = distinct
+    numbers = label_numbers(distinct, source.class_names)
+    made.labels = [numbers.get(name) for name in given]
+    made.unknown = [name for name in distinct if name not in numbers]
 
 
 def label_numbers(labels: Sequence[str], class_names: Sequence[str] | None) -> dict[str, int]:
     """Which output each label means.
 
-    By the class's name; else, if there are as many labels as classes or no names are known, by
-    order, as torchvision's ImageFolder counts. Labels that fit neither way mean nothing.
+    By the class's name; else, if there are as many labels as classes, by order, as torchvision's
+    ImageFolder counts. Labels that fit neither way mean nothing.
     """
     if class_names is None:
-        return {label: i for i, label in enumerate(sorted(labels))}
+        return {}
     known = {_plain(name): i for i, name in enumerate(class_names)}
     found = {label: known[_plain(label)] for label in labels if _plain(label) in known}
     if not found and len(labels) == len(class_names):
@@ -131,18 +176,18 @@ def _table(path: Path, source: Source, length: int) -> Dataset[Any]:
             "row for each sample."
         )
     given = [(row.get("label") or "").strip() for row in rows]
-    if all(label.isdigit() for label in given if label):
-        labels = [int(label) if label else None for label in given]
-    else:
-        distinct = sorted({label for label in given if label})
-        numbers = label_numbers(distinct, source.class_names)
-        if source.class_names is None:
-            source.class_names = distinct
-        labels = [numbers.get(label) for label in given]
+    made: PictureFiles | Texts
+    blank: list[int | None] = [None] * len(rows)
     if column == "text":
-        return Texts([row["text"] for row in rows], labels, source.tokenizer, length)
-    files = [path.parent / row["file"] for row in rows]
-    return PictureFiles(files, labels, _transform(source), None)
+        made = Texts([row["text"] for row in rows], blank, source.tokenizer, length)
+    else:
+        files = [path.parent / row["file"] for row in rows]
+        made = PictureFiles(files, blank, _transform(source))
+    if all(name.isdigit() for name in given if name):
+        made.labels = [int(name) if name else None for name in given]
+    else:
+        label(made, given, source)
+    return made
 
 
 def _transform(source: Source) -> Callable[[Any], Tensor]:

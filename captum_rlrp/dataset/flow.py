@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 POSITIVE, NEGATIVE, BETWEEN = "#c8443c", "#3f6fb5", "#c9ced6"
+LABEL = "#667085"
 _BAR = 0.5  # width of a bar, of the 1 from layer to layer
-_LABEL = {"ha": "center", "va": "bottom", "fontsize": 8, "color": "#667085"}
+_LABEL = {"ha": "center", "va": "bottom", "fontsize": 8, "color": LABEL}
 
 
 def draw_flow(

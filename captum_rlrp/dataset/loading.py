@@ -63,6 +63,10 @@ def load(
     return iter(loader)
 
 
+class UnreadableError(Exception):
+    """A sample cannot be read; the message is all there is to say."""
+
+
 class _Readable(Dataset[Any]):
     """A data set whose samples come with their number, and whose errors are values."""
 
@@ -74,6 +78,8 @@ class _Readable(Dataset[Any]):
             return index, _checked(self.dataset[index]), ""
         except InputError:
             raise
+        except UnreadableError as error:
+            return index, None, str(error)
         except Exception as error:  # whatever a user's data set raises for a broken file
             return index, None, f"{type(error).__name__}: {_first_line(error)}"
 

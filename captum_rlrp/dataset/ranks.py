@@ -61,3 +61,16 @@ def joined() -> Iterator[Ranks]:
 def local_rank() -> int:
     """Which of its machine's processes this is: the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def share_of_cores() -> int | None:
+    """Threads for this rank, so that a machine's ranks do not fight; None to leave them as set.
+
+    torchrun gives each of several ranks one thread, and a user another number by OMP_NUM_THREADS.
+    """
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if ranks == 1 or os.environ.get("OMP_NUM_THREADS", "1") != "1":
+        return None
+    is_linux = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if is_linux else os.cpu_count() or 1
+    return max(1, cores // ranks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from .charts import FOR, NEUTRAL, RIGHT, bars, histogram
+from .charts import FOR, NEUTRAL, RIGHT, bars, flow, histogram
 from .classes import class_summaries
 from .pictures import heat_uri, picture_uri, saturation
 from .store import Array, StorageError
@@ -22,6 +22,8 @@ THUMBNAIL = 96  # pixels
 CHUNK = {"thumbs": 96, "detail": 16}  # rows per file that the page loads on demand
 INLINE = 6_000_000  # bytes up to which everything is in index.html itself
 LIKELIEST = 5
+GENERATOR = '<meta name="generator" content="captum_rlrp">'
+_OWN = re.compile(r"(thumbs|detail)-\d{5,}\.js")
 
 
 def build_report(run: str | Path, out: str | Path | None = None, limit: int | None = None) -> Path:
@@ -45,16 +47,19 @@ def build_report(run: str | Path, out: str | Path | None = None, limit: int | No
 
     Raises:
 
-        StorageError: If the folder holds no run, or `out` cannot be written.
+        StorageError: If the folder holds no run, or `out` cannot be written or holds another page.
     """
-    stored = StoredRun(run)
     folder = Path(out) if out is not None else Path(run) / "report"
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, not {limit}.")
+    check_place(folder)
+    stored = StoredRun(run)
     count = min(len(stored), limit or len(stored))
     try:
-        shutil.rmtree(folder / "data", ignore_errors=True)
-        (folder / "data").mkdir(parents=True)
+        for old in folder.glob("data/*.js"):
+            if _OWN.fullmatch(old.name):
+                old.unlink()
+        (folder / "data").mkdir(parents=True, exist_ok=True)
         inline, size = {}, 0
         for name, rows in _chunks(stored, count):
             text = _script_safe(rows)
@@ -68,13 +73,27 @@ def build_report(run: str | Path, out: str | Path | None = None, limit: int | No
                 _write_chunk(folder, name, text)
         page = _render(stored, count, inline if size <= INLINE else {})
         (folder / "index.html").write_text(page, encoding="utf-8")
-        if size <= INLINE:
+        if not any((folder / "data").iterdir()):
             (folder / "data").rmdir()
     except OSError as error:
         raise StorageError(f"{folder} cannot be written: {error.strerror}.") from None
     finally:
         stored.close()
     return folder / "index.html"
+
+
+def check_place(folder: Path) -> None:
+    """Nothing that is not a report's is replaced.
+
+    Raises:
+        StorageError: If another page is in the folder.
+    """
+    page = folder / "index.html"
+    if page.exists() and GENERATOR not in page.read_text("utf-8", errors="replace")[:4000]:
+        raise StorageError(
+            f"{page} is there and no report of captum_rlrp, so it is not replaced. Choose another "
+            "folder (--out)."
+        )
 
 
 # ---- rows ---------------------------------------------------------------------------------------
@@ -170,6 +189,7 @@ def _render(stored: StoredRun, count: int, inline: dict[str, str]) -> str:
     known = stored.labelled.astype(bool)
     first = np.unique(stored.index, return_index=True)[1]  # several targets: a sample counts once
     judged = first[known[first]]
+    shown_flow = _flow(stored)
     overview = {
         "accuracy": float(right[judged].mean()) if len(judged) else None,
         "samples": len(first),
@@ -181,11 +201,13 @@ def _render(stored: StoredRun, count: int, inline: dict[str, str]) -> str:
         shown=count,
         rows=len(stored),
         overview=overview,
-        charts=_charts(stored, first, known & right, known & ~right),
+        charts=_charts(stored, first, known & right, known & ~right, shown_flow is None),
+        flow=shown_flow,
         skipped=_skipped(stored),
         kind=stored.kind,
         report=_script_safe(_report(stored, count, right, known)),
         inline=inline,
+        generator=GENERATOR,
         title=stored.about.get("model_name", stored.about["model"]),
     )
 
@@ -222,7 +244,9 @@ def _typical(stored: StoredRun) -> float:
     return float(np.median(np.abs(some.reshape(len(some), -1)).max(1)))
 
 
-def _charts(stored: StoredRun, first: Array, right: Array, wrong: Array) -> list[tuple[str, str]]:
+def _charts(
+    stored: StoredRun, first: Array, right: Array, wrong: Array, bare: bool
+) -> list[tuple[str, str]]:
     confidence, unknown = stored.confidence, ~(right | wrong)
     groups = [
         (name, confidence[first][chosen[first]], colour)
@@ -238,10 +262,15 @@ def _charts(stored: StoredRun, first: Array, right: Array, wrong: Array) -> list
         ("Conservation", histogram([("", stored.delta, NEUTRAL)], "largest violation")),
     ]
     names = stored.names("mass")
-    if len(names) > 1:
-        flow = [float(stored.file[f"mass/{name}"][:].mean()) for name in names]
-        charts.append(("Flow through the network", bars(names, flow, "mean Σ|R| of the layer")))
+    if len(names) > 1 and bare:
+        means = [float(stored.file[f"mass/{name}"][:].mean()) for name in names]
+        charts.append(("Flow through the network", bars(names, means, "mean Σ|R| of the layer")))
     return charts
+
+
+def _flow(stored: StoredRun) -> str | None:
+    statistics = stored.statistics()
+    return flow(statistics) if statistics.edges and len(statistics.layers) > 1 else None
 
 
 def _skipped(stored: StoredRun) -> list[tuple[str, str]]:

@@ -20,13 +20,13 @@ from torch.utils.data import Dataset
 from ..attribution import Backend
 from ..errors import InputError
 from ..graph.capture import check_eval_mode, unwrap
-from .explaining import Explainer, Target, joined_rows
+from .explaining import Explained, Explainer, Kept, Target
 from .loading import batches_of, load
 from .progress import Progress, Times
 from .ranks import Ranks, joined
 from .shown import Shown
 from .store import (
-    Array,
+    FILES,
     Run,
     StorageError,
     clear_parts,
@@ -36,6 +36,7 @@ from .store import (
     shard_path,
     write_shard,
 )
+from .stored import merge_statistics
 from .virelay import write_project
 
 _SHARD = 256  # samples, at most: what a kill costs, and what a rank holds in memory
@@ -49,6 +50,8 @@ def explain_dataset(
     target: Target | Sequence[Target] = "predicted",
     layers: Sequence[str] = (),
     channels: Sequence[str] = (),
+    statistics: Kept = (),
+    unit_dim: int = 1,
     embedding: str | None = None,
     batch_size: int = 32,
     shard_size: int | None = None,
@@ -82,9 +85,14 @@ def explain_dataset(
                 or several of them: one row per sample and target.
         layers (list[str]): Names of layers whose relevance is kept whole.
         channels (list[str]): Names of layers of which each channel's sum is kept.
+        statistics (list[str] or "all"): Names of layers, or every leaf, of which
+                :class:`RelevanceStatistics` are kept, in ``statistics.h5``: per class explained,
+                also of the inputs and the layers named above. They take no row per sample.
+        unit_dim (int): The dimension of a layer's values in which its channels lie: 1 fits
+                convolutions and dense layers, -1 transformers.
         embedding (str, optional): The layer at which integer inputs (tokens) are explained. Not
                 needed if the model has only one.
-        batch_size (int): Samples explained together.
+        batch_size (int): Samples explained together, at most.
         shard_size (int, optional): Samples per file. By default at most 256, and so few that
                 every rank has four shards.
         dtype (str): ``"float32"``, or ``"float16"``, which holds the relevance times 2¹⁵ (the
@@ -121,13 +129,28 @@ def explain_dataset(
     samples = _size(dataset)
     targets: list[Target] = list(target) if isinstance(target, (list, tuple)) else [target]  # type: ignore[list-item]
     _check(targets, batch_size, shard_size, dtype, compression)
-    explainer = Explainer(model, targets, layers, channels, embedding, batch_size, dtype, backend)
+    if samples < batch_size:  # what fills a batch up costs as much
+        batch_size, shard_size = samples, None
+    explainer = Explainer(
+        model,
+        targets,
+        layers,
+        channels,
+        statistics,
+        unit_dim,
+        embedding,
+        batch_size,
+        dtype,
+        backend,
+    )
     depends = {
         "weights_sha256": weights_hash(model),
         "model": type(model).__name__,
         "targets": targets,
         "layers": list(layers),
         "channels": list(channels),
+        "statistics": statistics if statistics == "all" else list(statistics),
+        "unit_dim": unit_dim,
         "embedding": embedding,
         "dtype": dtype,
         "compression": compression,
@@ -160,9 +183,14 @@ def explain_dataset(
         everyone = ranks.gather(times)
         path = folder / "attribution.h5"
         # Of a call that had nothing to do, the times of the last one that had stay.
-        if ranks.rank == 0 and (todo or not path.exists()):
-            merge(folder, _summary(everyone))
+        if ranks.rank == 0 and (todo or "finished" not in run.about):
+            if statistics:
+                merge_statistics(folder)
+            summary = _summary(everyone)
+            merge(folder, summary)
             write_project(folder, run)
+            run.about["finished"] = summary["finished"]
+            run.write(folder)
         reached = ranks.gather(None)
         assert reached
     _check_some(path)
@@ -187,21 +215,21 @@ def _work(
     pin = next((p.is_cuda for p in explainer.model.parameters()), False)
     loaded = times.waited_for(load(dataset, flat, workers, pin))
     for (start, stop), batches in zip(shards, plan, strict=True):
-        parts: list[dict[str, Array]] = []
-        skipped: list[tuple[int, str]] = []
+        shard = Explained()
         for indices in batches:
             batch = next(loaded)
-            arrays, failed = explainer(batch)
-            if failed:
-                batch = batch.without({index for index, _ in failed})
-            if arrays:
-                parts.append(arrays | shown.arrays(batch, dataset))
-            skipped += sorted(batch.skipped + failed)
+            earlier = len(shard.failed)
+            explainer.explain(batch, shard)
+            if failed := {index for index, _ in shard.failed[earlier:]}:
+                batch = batch.without(failed)
+            shard.add(shown.arrays(batch, dataset))
+            shard.failed += batch.skipped
             times.samples += len(batch.index)
             bar.explained(len(indices), times, time.perf_counter() - begin)
         before = time.perf_counter()
-        path = shard_path(out, start, run)
-        write_shard(path, start, stop, joined_rows(parts), skipped, run.depends["compression"])
+        arrays = shard.rows() | (shard.statistics.arrays() if shard.statistics.layers else {})
+        write_shard(shard_path(out, start, run), start, stop, arrays, sorted(shard.failed),
+                    run.depends["compression"])  # fmt: skip
         times.writing += time.perf_counter() - before
         bar.shard_written(stop - start)
     times.total = time.perf_counter() - begin
@@ -221,9 +249,17 @@ def _agree(out: Path, run: Run, ranks: Ranks) -> tuple[Run, list[tuple[int, int]
                 raise StorageError(f"{out} cannot be written: {error.strerror}.") from None
             if (out / "run.json").exists():
                 run = _same(Run.read(out), run, out)
+            elif found_files := [name for name in FILES if (out / name).exists()]:
+                raise StorageError(
+                    f"{out} holds no run, but {', '.join(found_files)}, which a run would replace. "
+                    "Choose another folder."
+                )
             clear_parts(out)
+            done = complete_shards(out, run)
+            if len(done) < len(run.shards()):
+                run.about.pop("finished", None)
             run.write(out)
-            found = run, complete_shards(out, run)
+            found = run, done
         except StorageError as error:
             found = error
     found = ranks.from_first(found)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ class Source:
         class_names: Of its outputs; None if not known.
         mean, std: By which `transform` normalises.
         tokenizer: Hugging Face's, for text.
+        outputs: How many scores the model returns; None if not known.
     """
 
     model: nn.Module
@@ -35,6 +38,7 @@ class Source:
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     tokenizer: Any = None
+    outputs: int | None = None
 
 
 def load_model(name: str, weights: str | None = None, pixels: int | None = None) -> Source:
@@ -69,6 +73,18 @@ def load_model(name: str, weights: str | None = None, pixels: int | None = None)
         source.transform = _plain_transform(pixels or 224)
     source.model.eval()
     return source
+
+
+def count_outputs(source: Source, dataset: Any) -> int | None:
+    """How many scores the model returns: tried on a sample where its weights do not tell."""
+    for index in range(min(len(dataset), 4) if source.outputs is None else 0):
+        # A broken picture; or a model that cannot take it, which the run says more clearly.
+        with contextlib.suppress(Exception), torch.no_grad():
+            inputs = dataset[index][0]
+            parts = inputs if isinstance(inputs, tuple) else (inputs,)
+            source.outputs = int(source.model(*(part[None] for part in parts)).shape[1])
+            break
+    return source.outputs
 
 
 # ---- where models come from --------------------------------------------------------------------
@@ -113,8 +129,9 @@ def _from_torchvision(name: str, weights: str | None) -> Source:
     entry = catalogue["DEFAULT"]
     from_file = weights is not None and Path(weights).is_file()
     if from_file:
-        count = number_of_outputs(read_state_dict(Path(str(weights))))
-        extras = {"num_classes": count}
+        state = read_state_dict(Path(str(weights)))
+        count = number_of_outputs(state)
+        extras: dict[str, Any] = {"num_classes": count}
     else:
         if weights not in catalogue.__members__:
             raise InputError(
@@ -124,7 +141,10 @@ def _from_torchvision(name: str, weights: str | None) -> Source:
         entry = catalogue[weights]
         count, extras = len(entry.meta["categories"]), {"weights": entry}
     if name in ("googlenet", "inception_v3") and from_file:
-        extras |= {"aux_logits": False, "transform_input": True, "init_weights": False}
+        # As torchvision builds them for its own weights, whose preprocessing we use; the auxiliary
+        # classifiers serve training alone.
+        aux = any(key.lower().startswith("aux") for key in state)
+        extras |= {"aux_logits": aux, "transform_input": True, "init_weights": False}
     try:
         model = models.get_model(name, **extras)
     except (OSError, RuntimeError) as error:
@@ -132,7 +152,8 @@ def _from_torchvision(name: str, weights: str | None) -> Source:
     names = entry.meta.get("categories")
     transform = entry.transforms()
     mean, std = _normalisation(transform)
-    return Source(model, transform, names if names and len(names) == count else None, mean, std)
+    names = names if names and len(names) == count else None
+    return Source(model, transform, names, mean, std, outputs=count)
 
 
 def _from_timm(name: str, weights: str | None) -> Source:
@@ -151,7 +172,8 @@ def _from_timm(name: str, weights: str | None) -> Source:
         raise InputError(f"timm/{name} cannot be made: {_first_line(error)}.") from None
     config = timm.data.resolve_model_data_config(model)
     transform = timm.data.create_transform(**config, is_training=False)
-    return Source(model, transform, None, list(config["mean"]), list(config["std"]))
+    mean, std = list(config["mean"]), list(config["std"])
+    return Source(model, transform, None, mean, std, outputs=model.num_classes)
 
 
 def _from_hugging_face(name: str) -> Source:
@@ -180,12 +202,13 @@ def _from_hugging_face(name: str) -> Source:
         else None
     )
     if "SequenceClassification" in kinds:
-        return Source(model, None, names, tokenizer=processor)
+        return Source(model, None, names, tokenizer=processor, outputs=config.num_labels)
 
     def transform(picture: Any) -> Tensor:
         return processor(picture, return_tensors="pt")["pixel_values"][0]
 
-    return Source(model, transform, names, processor.image_mean, processor.image_std)
+    mean, std = processor.image_mean, processor.image_std
+    return Source(model, transform, names, mean, std, outputs=config.num_labels)
 
 
 def _imported(module: str, package: str) -> Any:
@@ -236,9 +259,13 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     state = {str(key): value for key, value in found if isinstance(value, Tensor)}
     if not state:
         raise InputError(f"{path} holds no state dict.")
-    for prefix in ("module.", "_orig_mod."):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
+    return {plain_key(key): value for key, value in state.items()}
+
+
+def plain_key(key: str) -> str:
+    """Without what DataParallel and torch.compile prepend, and as DenseNet is spelt today."""
+    key = re.sub(r"^((module|_orig_mod)\.)+", "", key)
+    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)\.", r"\1\2.", key)
 
 
 def number_of_outputs(state: Mapping[str, Tensor]) -> int:

@@ -7,58 +7,24 @@ and the sum of squared deviations of each unit's relevance.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
 
 from ..attribution import Backend
 from ..errors import InputError
-from ..graph.capture import CapturedGraph, unwrap
-from ..graph.layers import layer_calls, leaf_calls, module_names
+from ..graph.capture import unwrap
 from ..inputs import check_inputs
-from ..kernels import get_backend, is_reference_forced
-from ..plan.steps import Final, Plan
-from ..run.capturing import Captured
-from ..run.engine import Engine
-from ..targets import start_at
 from .flow import draw_flow
+from .moments import LayerMoments, Moments, UnitDim
 from .significance import benjamini_hochberg, holm, two_sided_p
-
-UnitDim = int | None
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Count, mean and sum of squared deviations of some quantities, in float64."""
-
-    count: int
-    mean: Tensor
-    squares: Tensor
-
-    @staticmethod
-    def of(values: Tensor) -> Moments:
-        """Of the rows of a matrix."""
-        mean = values.mean(0)
-        return Moments(len(values), mean, (values - mean).square().sum(0))
-
-    def __or__(self, other: Moments) -> Moments:
-        """Of both together (Chan et al.): no large sums are subtracted from each other."""
-        count = self.count + other.count
-        apart = other.mean - self.mean
-        mean = self.mean + apart * (other.count / count)
-        between = apart.square() * (self.count * other.count / count)
-        return Moments(count, mean, self.squares + other.squares + between)
-
-    @property
-    def error(self) -> Tensor:
-        """Standard error of the mean; NaN for a single sample."""
-        if self.count < 2:
-            return torch.full_like(self.mean, torch.nan)
-        return (self.squares / (self.count - 1) / self.count).sqrt()
+from .sites import ChosenStart, Sites
+from .store import PER_SHARD, Array, hdf5, written
 
 
 @dataclass(frozen=True)
@@ -83,27 +49,13 @@ class Comparison:
         return units[self.adjusted[units] < level]
 
 
-@dataclass
-class _Layer:
-    """What is kept of one layer: moments per class of its units and of three numbers per sample."""
-
-    units: dict[int, Moments] = field(default_factory=dict)
-    shape: dict[int, Moments] = field(default_factory=dict)  # Σ|R|, positive part, effective units
-
-    def add(self, units: Tensor, shape: Tensor, classes: Tensor) -> None:
-        for number in classes.unique().tolist():
-            chosen = classes == number
-            for known, values in ((self.units, units), (self.shape, shape)):
-                made = Moments.of(values[chosen])
-                known[number] = known[number] | made if number in known else made
-
-
 class RelevanceStatistics:
     r"""
     Statistics of Relative LRP over a data set: relevance per class of every unit of every
     layer, tests of the differences between classes, and the layers' share of relevance.
 
-    Made by :meth:`collect`. Holds no reference to the model: it may be pickled.
+    Made by :meth:`collect`, or kept by :func:`explain_dataset` and read by :meth:`load`. Holds
+    no reference to the model: it may be pickled.
 
     A *unit* is a channel, a neuron or an input feature. Its relevance in a sample is summed over
     the positions it has (see `unit_dim` of :meth:`collect`). A *class* is the output that is
@@ -129,7 +81,7 @@ class RelevanceStatistics:
     def __init__(self) -> None:
         self.layers: list[str] = []
         self.edges: list[tuple[str, str]] = []
-        self._known: dict[str, _Layer] = {}
+        self._known: dict[str, LayerMoments] = {}
 
     @classmethod
     def collect(
@@ -174,78 +126,96 @@ class RelevanceStatistics:
                 :meth:`LayerRelativeLRP.attribute` raises.
         """
         model = unwrap(model)
-        names = None if layers is None else [module_names(model, unwrap(m))[0] for m in layers]
-        fuses = not is_reference_forced(backend)
-        engine = Engine(model, get_backend(backend), fuses, layers=names)
+        sites = Sites(model, layers or (), layers is None, backend)
         device = next((p.device for p in model.parameters()), None)
         made = cls()
-        sites: dict[tuple[Node, ...], list[tuple[str, Node]]] = {}
-
-        def wanted(graph: CapturedGraph, explained: Sequence[Node]) -> list[Node]:
-            found = _sites(model, graph, explained, layers)
-            nodes = list(dict.fromkeys(node for _, node in found))
-            sites[tuple(nodes)] = found
-            return nodes
-
         for batch in loader:
             inputs, labels = _unpack(batch, device)
             if len(inputs[0]) == 0:
                 continue
             if labels is None and "label" in (target, group_by):
                 raise InputError("The batches hold no labels: they must be pairs (inputs, labels).")
-            chosen: list[Tensor] = []
-            choose = functools.partial(_choose, labels if target == "label" else target, chosen)
-            start = functools.partial(start_at, choose, len(inputs[0]), model)
-            explanation = engine.explain(inputs, (), start, wanted)
-            captured = engine.captured(inputs, len(inputs), len(inputs[0]), wanted)
-            classes = labels if group_by == "label" else torch.cat(chosen)
+            explained = labels if target == "label" else target
+            start = ChosenStart(functools.partial(_choose, explained), len(inputs[0]), model)
+            relevance, _ = sites.explain(inputs, (), start)
+            classes = labels if group_by == "label" else start.columns
             assert classes is not None
-            found = sites[captured.wanted]
-            if not made.layers:
-                made.layers = [name for name, _ in found]
-                made._known = {name: _Layer() for name in made.layers}
-                made.edges = _edges(captured.program.plan, found)
-            by_node = dict(zip(captured.wanted, explanation.relevance, strict=True))
-            for name, node in found:
-                relevance = _samples_first(captured, node, by_node[node], len(inputs[0]))
-                dim = unit_dim.get(name, 1) if isinstance(unit_dim, Mapping) else unit_dim
-                units, shape = _measure(relevance, dim)
-                made._known[name].add(units, shape, classes.cpu())
+            made.add(relevance, classes, unit_dim)
+            made.edges = sites.edges
         if not made.layers:
             raise InputError("The loader holds no samples.")
         return made
+
+    def add(
+        self,
+        relevance: Mapping[str, Tensor],
+        classes: Tensor,
+        unit_dim: UnitDim | Mapping[str, UnitDim] = 1,
+    ) -> None:
+        r"""
+        Counts a batch in that was explained elsewhere.
+
+        Args:
+
+            relevance (dict[str, Tensor]): By layer, dimension 0 being samples; the same layers
+                    every time.
+            classes (Tensor): The class of each sample, shape ``(N,)``.
+            unit_dim (int or None, or dict of them by layer): As for :meth:`collect`.
+                    Default: 1
+        """
+        self._same_layers(list(relevance))
+        for name, values in relevance.items():
+            dim = unit_dim.get(name, 1) if isinstance(unit_dim, Mapping) else unit_dim
+            self._known[name].add(values, classes, dim)
+
+    def merge(self, other: RelevanceStatistics) -> None:
+        r"""
+        Counts in what another one has counted, of other samples.
+
+        Args:
+
+            other (RelevanceStatistics): Of the same layers.
+
+        Raises:
+
+            InputError: If the layers differ.
+        """
+        self._same_layers(other.layers)
+        for name in other.layers:
+            self._known[name].merge(other._known[name])
+        self.edges = self.edges or other.edges
 
     # ---- what is known -----------------------------------------------------------------------
 
     @property
     def counts(self) -> dict[int, int]:
         """Number of samples per class."""
-        some = self._known[self.layers[0]].units
+        some = self._known[self.layers[0]].classes
         return {number: some[number].count for number in sorted(some)}
 
     def mean(self, layer: str, of: int | None = None) -> Tensor:
         """Mean relevance of each unit in a class, shape ``(units,)``."""
-        return self._moments(layer, of).mean
+        return self._layer(layer).units(of).mean
 
     def standard_error(self, layer: str, of: int | None = None) -> Tensor:
         """Standard error of :meth:`mean`; NaN for a single sample."""
-        return self._moments(layer, of).error
+        return self._layer(layer).units(of).error
 
     def mass(self, layer: str, of: int | None = None) -> float:
         """Mean of Σ|R| over the layer: the part of the one unit of relevance that passes it.
 
         Parts that go around the layer are missing, so is what cancelled behind it.
         """
-        return float(self._shape(layer, of).mean[0])
+        return float(self._layer(layer).shape(of).mean[0])
 
     def positive_share(self, layer: str, of: int | None = None) -> float:
         """The part of Σ|R| that is positive; NaN if there is none at all."""
-        mass, positive, _ = self._shape(layer, of).mean.tolist()
+        mass, positive, _ = self._layer(layer).shape(of).mean.tolist()
         return positive / mass if mass else float("nan")
 
     def effective_units(self, layer: str, of: int | None = None) -> float:
         """Mean of (Σ|R_u|)² / ΣR_u²: k if k units share a sample's relevance evenly."""
-        return float(self._shape(layer, of).mean[2])
+        return float(self._layer(layer).shape(of).mean[2])
 
     def compare(
         self,
@@ -272,8 +242,8 @@ class RelevanceStatistics:
 
             :class:`Comparison`: The differences, their p-values and the corrected ones.
         """
-        first = self._moments(layer, a)
-        second = self._moments(layer, b) if b is not None else self._others(layer, a)
+        first = self._layer(layer).units(a)
+        second = self._layer(layer).units(b) if b is not None else self._layer(layer).others(a)
         if min(first.count, second.count) < 2:
             raise InputError("A comparison needs at least two samples on both sides.")
         if correction not in ("holm", "benjamini-hochberg"):
@@ -307,36 +277,72 @@ class RelevanceStatistics:
             *matplotlib.axes.Axes*: The axes drawn on (``.figure`` is the figure).
         """
         mass = {name: self.mass(name, of) for name in self.layers}
-        positive = {name: self._shape(name, of).mean[1].item() for name in self.layers}
+        positive = {name: self._layer(name).shape(of).mean[1].item() for name in self.layers}
         return draw_flow(mass, positive, self.edges, ax)
+
+    # ---- on disk -------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write them to an HDF5 file."""
+        with written(Path(path)) as file:
+            for name, array in self.arrays().items():
+                kind = hdf5().string_dtype() if array.dtype == object else array.dtype
+                file.create_dataset(name, data=array, dtype=kind)
+
+    @classmethod
+    def load(cls, path: str | Path) -> RelevanceStatistics:
+        """Read what :meth:`save` wrote, or ``statistics.h5`` of :func:`explain_dataset`."""
+        with hdf5().File(path, "r") as file:
+            return cls.of_arrays(file)
+
+    def arrays(self) -> dict[str, Array]:
+        """All that is known, as arrays by name."""
+        found: dict[str, Array] = {
+            PER_SHARD + "layers": np.array(self.layers, dtype=object),
+            PER_SHARD + "edges": np.array([name for edge in self.edges for name in edge], object),
+        }
+        for i, name in enumerate(self.layers):
+            known = self._known[name].classes
+            moments = [known[number] for number in sorted(known)]
+            found[f"{PER_SHARD}{i}/class"] = np.array(sorted(known), np.int64)
+            found[f"{PER_SHARD}{i}/count"] = np.array([m.count for m in moments], np.int64)
+            found[f"{PER_SHARD}{i}/mean"] = torch.stack([m.mean for m in moments]).numpy()
+            found[f"{PER_SHARD}{i}/squares"] = torch.stack([m.squares for m in moments]).numpy()
+        return found
+
+    @classmethod
+    def of_arrays(cls, file: Any) -> RelevanceStatistics:
+        """From an open file that holds :meth:`arrays`."""
+        made = cls()
+        made._same_layers(file[PER_SHARD + "layers"].asstr()[:].tolist())
+        ends = file[PER_SHARD + "edges"].asstr()[:].tolist()
+        made.edges = list(zip(ends[::2], ends[1::2], strict=True))
+        for i, name in enumerate(made.layers):
+            group = file[f"{PER_SHARD}{i}"]
+            mean, squares = (torch.from_numpy(group[key][:]) for key in ("mean", "squares"))
+            entries = zip(group["class"][:].tolist(), group["count"][:].tolist(), strict=True)
+            made._known[name].classes = {
+                number: Moments(count, mean[row], squares[row])
+                for row, (number, count) in enumerate(entries)
+            }
+        return made
 
     # ---- inside --------------------------------------------------------------------------------
 
-    def _layer(self, layer: str) -> _Layer:
+    def _same_layers(self, layers: list[str]) -> None:
+        if not self.layers:
+            self.layers = list(layers)
+            self._known = {name: LayerMoments() for name in layers}
+        elif self.layers != layers:
+            raise InputError(
+                f"These are statistics of the layers {', '.join(self.layers)}, not of "
+                f"{', '.join(layers)}."
+            )
+
+    def _layer(self, layer: str) -> LayerMoments:
         if layer not in self._known:
             raise InputError(f"No layer {layer!r}; there are {', '.join(self.layers)}.")
         return self._known[layer]
-
-    def _moments(self, layer: str, of: int | None) -> Moments:
-        return _merged(self._layer(layer).units, of)
-
-    def _shape(self, layer: str, of: int | None) -> Moments:
-        return _merged(self._layer(layer).shape, of)
-
-    def _others(self, layer: str, but: int) -> Moments:
-        units = self._layer(layer).units
-        others = {number: moments for number, moments in units.items() if number != but}
-        if not others:
-            raise InputError(f"There is no class but {but}.")
-        return _merged(others, None)
-
-
-def _merged(classes: Mapping[int, Moments], of: int | None) -> Moments:
-    if of is None:
-        return functools.reduce(Moments.__or__, (classes[number] for number in sorted(classes)))
-    if of not in classes:
-        raise InputError(f"No sample of class {of}; there are {sorted(classes)}.")
-    return classes[of]
 
 
 def _unpack(batch: Any, device: torch.device | None) -> tuple[tuple[Tensor, ...], Tensor | None]:
@@ -350,84 +356,9 @@ def _unpack(batch: Any, device: torch.device | None) -> tuple[tuple[Tensor, ...]
     return tuple(x.to(device) for x in tensors), labels
 
 
-def _choose(target: Tensor | int | None, chosen: list[Tensor], output: Tensor) -> Any:
-    """The target of each sample; noted down, as it is the class of the sample, too."""
-    if output.dim() != 2:
-        raise InputError(
-            f"The model returns shape {tuple(output.shape)}; statistics need one row of scores "
-            "per sample."
-        )
+def _choose(target: Tensor | int | None, output: Tensor, rows: slice) -> Tensor:
+    """The column to explain of each row."""
     if isinstance(target, Tensor):
-        done = sum(len(part) for part in chosen)
-        chosen.append(target[done : done + len(output)])
-        return target
+        return target[rows]
     largest = output.argmax(1)
-    chosen.append(largest if target is None else torch.full_like(largest, target))
-    return chosen[-1]
-
-
-def _sites(
-    model: nn.Module,
-    graph: CapturedGraph,
-    explained: Sequence[Node],
-    layers: Sequence[nn.Module] | None,
-) -> list[tuple[str, Node]]:
-    """Name and value of each place relevance is measured at, in order of execution."""
-    inputs = [node for node in explained if node.meta["val"].is_floating_point()]
-    names = ["input"] if len(inputs) == 1 else [f"input {i}" for i in range(len(inputs))]
-    if layers is None:
-        groups = leaf_calls(model, graph, explained)
-    else:
-        found = [module_names(model, unwrap(layer)) for layer in layers]
-        groups = [(name[0], layer_calls(graph, explained, name, False)) for name in found]
-    sites = [
-        (name if i == 0 else f"{name}#{i + 1}", node)
-        for name, nodes in groups
-        for i, node in enumerate(nodes)
-    ]
-    position = {node: i for i, node in enumerate(graph.nodes)}
-    sites.sort(key=lambda site: position[site[1]])
-    return [*zip(names, inputs, strict=True), *sites]
-
-
-def _edges(plan: Plan, sites: Sequence[tuple[str, Node]]) -> list[tuple[str, str]]:
-    """Pairs of sites that relevance goes between without meeting another."""
-    back: dict[Node, Collection[Node]] = {}
-    for step in plan.steps:
-        if isinstance(step, Final):
-            back.update({call.node: (rule.operand(call),) for rule, call in step.links})
-        else:
-            back[step.output] = step.carriers
-    names: dict[Node, str] = {}
-    for name, node in sites:
-        names.setdefault(node, name)
-    edges = []
-    for node, name in names.items():
-        reached: dict[Node, None] = {}
-        pending = list(back.get(node, ()))
-        while pending:
-            source = pending.pop(0)
-            if source not in reached:
-                reached[source] = None
-                pending += () if source in names else back.get(source, ())
-        edges += [(names[source], name) for source in reached if source in names]
-    return edges
-
-
-def _samples_first(captured: Captured, node: Node, relevance: Tensor, batch: int) -> Tensor:
-    if captured.per_sample:
-        return relevance
-    return captured.program.plan.layouts[node].samples_first(relevance, batch)
-
-
-def _measure(relevance: Tensor, unit_dim: UnitDim) -> tuple[Tensor, Tensor]:
-    """Relevance of each unit, and Σ|R|, its positive part and the effective number of units."""
-    flat = relevance.flatten(1) if relevance.dim() > 1 else relevance.unsqueeze(1)
-    units = flat
-    if unit_dim is not None and relevance.dim() > 2:
-        units = relevance.movedim(unit_dim, 1).flatten(2).sum(2, dtype=torch.float64)
-    flat, units = flat.cpu().double(), units.cpu().double()
-    mass, squares = units.abs().sum(1), units.square().sum(1)
-    effective = torch.where(squares == 0, 0.0, mass.square() / squares)
-    shape = torch.stack([flat.abs().sum(1), flat.clamp_min(0).sum(1), effective], 1)
-    return units, shape
+    return largest if target is None else torch.full_like(largest, target)

@@ -28,6 +28,13 @@ Array = NDArray[Any]
 # float16 holds relevance times this, so that shares of a millionth keep all their digits.
 SCALE = {"float16": 2.0**15, "float32": 1.0}
 PER_SAMPLE = "sample/"  # arrays with one row per sample; the others have one per explanation
+# What a run writes beside its shards.
+FILES = (
+    *("run.json", "attribution.h5", "data.h5", "statistics.h5"),
+    *("skipped.csv", "label_map.json", "project.yaml"),
+)
+PER_SHARD = "statistics/"  # what a shard keeps of all its samples together
+_BESIDE = ("skipped/", PER_SHARD)  # not one row per sample or explanation
 _SMALL = ("index", "label", "target", "delta", "mass")  # copied, not linked
 
 
@@ -154,7 +161,8 @@ def write_shard(
 
 def clear_parts(out: Path) -> None:
     """Remove what killed processes left half-written."""
-    for part in [*out.glob("*.part"), *(out / "shards").glob("*.part")]:
+    own = [part for name in FILES for part in out.glob(f"{name}.*.part")]
+    for part in [*own, *(out / "shards").glob("*.h5.*.part")]:
         with contextlib.suppress(OSError):
             part.unlink()
 
@@ -206,19 +214,20 @@ def merge(out: Path, attributes: Mapping[str, Any] | None = None) -> Path:
     about = {**run.depends, **run.about, **(attributes or {})}
     about |= {"samples": run.samples, "skipped": len(skipped)}
     about["complete"] = len(shards) == len(run.shards())
-    with _written(h5py, out / "attribution.h5") as file:
+    # attribution.h5 comes last: where it is, the others are.
+    with written(out / "data.h5") as file:
+        if with_rows:
+            _link_samples(h5py, file, run.samples, with_rows)
+    table = [["index", "reason"], *([str(i), reason] for i, reason in skipped)]
+    with (out / "skipped.csv").open("w", newline="", encoding="utf-8") as csv_file:
+        csv.writer(csv_file).writerows(table)
+    with written(out / "attribution.h5") as file:
         for name in with_rows[0].shapes if with_rows else ():
             if not name.startswith(PER_SAMPLE):
                 _link_rows(h5py, file, name, with_rows)
         for key, value in about.items():
             plain = isinstance(value, (str, int, float, bool))
             file.attrs[key] = value if plain else json.dumps(value, default=str)
-    with _written(h5py, out / "data.h5") as file:
-        if with_rows:
-            _link_samples(h5py, file, run.samples, with_rows)
-    table = [["index", "reason"], *([str(i), reason] for i, reason in skipped)]
-    with (out / "skipped.csv").open("w", newline="", encoding="utf-8") as csv_file:
-        csv.writer(csv_file).writerows(table)
     return out / "attribution.h5"
 
 
@@ -243,7 +252,7 @@ class _Part:
             shapes: dict[str, tuple[tuple[int, ...], Any]] = {}
 
             def note(name: str, item: Any) -> None:
-                if isinstance(item, h5py.Dataset) and not name.startswith("skipped/"):
+                if isinstance(item, h5py.Dataset) and not name.startswith(_BESIDE):
                     shapes[name] = (item.shape, item.dtype)
 
             file.visititems(note)
@@ -272,8 +281,9 @@ def _is_small(name: str, shapes: Mapping[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def _written(h5py: Any, path: Path) -> Iterator[Any]:
+def written(path: Path) -> Iterator[Any]:
     """A small file, written as a shard is."""
+    h5py = hdf5()
     with h5py.File(path.name, "w", driver="core", backing_store=False, libver="latest") as file:
         yield file
         file.flush()

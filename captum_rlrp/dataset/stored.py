@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from ..errors import InputError
-from .statistics import RelevanceStatistics, _Layer, _measure
-from .store import Array, Run, hdf5, merge
+from .statistics import RelevanceStatistics
+from .store import PER_SHARD, Array, Run, complete_shards, hdf5, merge, shard_path
 
 Kind = Literal["image", "text", "table"]
 
@@ -32,8 +32,10 @@ class StoredRun:
     def __init__(self, path: str | Path) -> None:
         h5py, self.path = hdf5(), Path(path)
         self.run = Run.read(self.path)
-        if not (self.path / "attribution.h5").exists():
-            merge(self.path)  # it was cut short
+        there = (self.path / "attribution.h5").exists()
+        self._cut = "finished" not in self.run.about or not there
+        if self._cut:
+            merge(self.path)
         self.file = h5py.File(self.path / "attribution.h5", "r")
         self.data = h5py.File(self.path / "data.h5", "r")
         self.about = {key: _plain(value) for key, value in self.file.attrs.items()}
@@ -87,23 +89,35 @@ class StoredRun:
         return names[number] if number < len(names) else f"class {number}"
 
     def statistics(self) -> RelevanceStatistics:
-        """Per class explained, of the channels that are kept; of a table's columns, too."""
+        """Per class explained: what the run kept, else of the channels and a table's columns."""
+        if self.run.depends.get("statistics"):
+            path = self.path / "statistics.h5"
+            return RelevanceStatistics.load(merge_statistics(self.path) if self._cut else path)
         made, classes = RelevanceStatistics(), torch.from_numpy(self.target.astype(np.int64))
-        sites = [(name, f"channels/{name}") for name in self.names("channels")]
+        keys = {name: f"channels/{name}" for name in self.names("channels")}
         if self.kind == "table":
-            sites.insert(0, ("input", "attribution"))
-        for name, key in sites:
-            made.layers.append(name)
-            known = made._known[name] = _Layer()
-            for start in range(0, len(self), 4096):
-                part = torch.from_numpy(self.rows(key, start, start + 4096))
-                known.add(*_measure(part, None), classes[start : start + 4096])
+            keys = {"input": "attribution", **keys}
+        for start in range(0, len(self) if keys else 0, 4096):
+            stop = start + 4096
+            parts = {n: torch.from_numpy(self.rows(k, start, stop)) for n, k in keys.items()}
+            made.add(parts, classes[start:stop], None)
         return made
 
     def close(self) -> None:
         """Close the files."""
         self.file.close()
         self.data.close()
+
+
+def merge_statistics(out: Path) -> Path:
+    """Make ``statistics.h5`` from the complete shards, in their order: the same bits every time."""
+    made, run = RelevanceStatistics(), Run.read(out)
+    for start, _ in complete_shards(out, run):
+        with hdf5().File(shard_path(out, start, run), "r") as file:
+            if PER_SHARD + "layers" in file:  # not if all of its samples were skipped
+                made.merge(RelevanceStatistics.of_arrays(file))
+    made.save(out / "statistics.h5")
+    return out / "statistics.h5"
 
 
 def softmax(scores: Array) -> Array:

@@ -143,7 +143,8 @@ async function showClasses() {
     const part = element("div", {}, element("h3", {}, `${className(summary.class)} (${summary.count})`));
     if (summary.heat) part.append(figure("mean relevance", heatCanvas(null, summary.heat, "mean relevance")));
     for (const [layer, units] of summary.units) {
-      const name = (u) => (layer === "input" ? featureName(u) : `channel ${u}`);
+      if (layer !== $("layer").value) continue;
+      const name = (u) => (layer === "input" && report.kind === "table" ? featureName(u) : `channel ${u}`);
       part.append(section(`Apart from all others: ${layer}`,
         barRows(units.map(([u, d, p]) => [`${name(u)}, p ${p < 1e-4 ? "< 0.0001" : `= ${p}`}`, d]))));
     }
@@ -180,6 +181,10 @@ function fillClasses() {
   $("class").append(...options(used.map((c) => [String(c), className(c)])));
   for (const id of ["first", "second"]) $(id).append(...options(report.summaries.map((s, i) => [String(i), className(s.class)])));
   if (report.summaries.length > 1) $("second").value = "1";
+  const layers = report.summaries[0].units.map(([layer]) => layer);
+  $("layer").append(...options(layers.map((name) => [name, name])));
+  $("layers").hidden = layers.length < 2;
+  if (layers.length) $("layer").value = layers[Math.max(0, layers.length - 2)]; // the last one's are the classes
   const cell = (text) => element("td", { class: "number" }, text);
   $("class-table").append(
     element("tr", {}, ...["Class", "samples", "accuracy", "confidence", "Σ|R|"].map((t) => element("th", { scope: "col" }, t))),
