@@ -147,7 +147,7 @@ class RelativeLRP(_Explainer, Attribution):
 
     Examples::
 
-        >>> model = torchvision.models.resnet50(weights="DEFAULT").eval()
+        >>> model = torchvision.models.resnet18().eval()  # with your weights
         >>> rlrp = RelativeLRP(model)
         >>> # images: (N, 3, 224, 224) → attributions of the same shape
         >>> attributions = rlrp.attribute(images, target=labels)
@@ -343,10 +343,10 @@ class LayerRelativeLRP(_Explainer, LayerAttribution):
     Examples::
 
         >>> layer_rlrp = LayerRelativeLRP(model, model.layer4)
-        >>> relevance = layer_rlrp.attribute(images, target=labels)  # (N, 2048, 7, 7)
+        >>> relevance = layer_rlrp.attribute(images, target=labels)  # (N, 512, 7, 7)
         >>> heat = LayerAttribution.interpolate(relevance.sum(1, keepdim=True), (224, 224))
         >>> # text: integer tokens, explained at the embedding
-        >>> tokens = LayerRelativeLRP(model, model.embedding).attribute(ids, target=1)
+        >>> tokens = LayerRelativeLRP(reader, reader.embedding).attribute(ids, target=1)
     """
 
     def __init__(
