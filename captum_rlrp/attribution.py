@@ -11,11 +11,11 @@ import sys
 import typing
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from captum._utils.common import _format_additional_forward_args, _format_output
-from captum._utils.typing import TargetType, TensorOrTupleOfTensorsGeneric
+from captum._utils.typing import TargetType
 from captum.attr import Attribution, LayerAttribution
 from captum.log import log_usage
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ from .run.recording import Recordings
 from .targets import any_target, at_hand, region, several, start_at
 
 Backend = Literal["auto", "compiled", "reference"]
+# Captum has a variable like it, but is not typed for those who use it.
+Inputs = TypeVar("Inputs", Tensor, tuple[Tensor, ...], dict[str, Tensor])
 ModuleOrModules = nn.Module | Sequence[nn.Module] | None
 
 
@@ -172,36 +174,36 @@ class RelativeLRP(_Explainer, Attribution):
     @typing.overload
     def attribute(
         self,
-        inputs: TensorOrTupleOfTensorsGeneric,
+        inputs: Inputs,
         target: TargetType = None,
         additional_forward_args: object | None = None,
         *,
         return_convergence_delta: Literal[True],
         verbose: bool = False,
         internal_batch_size: int | None = None,
-    ) -> tuple[TensorOrTupleOfTensorsGeneric, Tensor]: ...
+    ) -> tuple[Inputs, Tensor]: ...
 
     @typing.overload
     def attribute(
         self,
-        inputs: TensorOrTupleOfTensorsGeneric,
+        inputs: Inputs,
         target: TargetType = None,
         additional_forward_args: object | None = None,
         return_convergence_delta: Literal[False] = False,
         verbose: bool = False,
         internal_batch_size: int | None = None,
-    ) -> TensorOrTupleOfTensorsGeneric: ...
+    ) -> Inputs: ...
 
     @log_usage(part_of_slo=True)
     def attribute(
         self,
-        inputs: TensorOrTupleOfTensorsGeneric,
+        inputs: Inputs,
         target: TargetType = None,
         additional_forward_args: object | None = None,
         return_convergence_delta: bool = False,
         verbose: bool = False,
         internal_batch_size: int | None = None,
-    ) -> TensorOrTupleOfTensorsGeneric | tuple[TensorOrTupleOfTensorsGeneric, Tensor]:
+    ) -> Inputs | tuple[Inputs, Tensor]:
         r"""
         Args:
 
@@ -272,8 +274,8 @@ class RelativeLRP(_Explainer, Attribution):
         """
         keys = tuple(inputs) if isinstance(inputs, dict) else None
         given, form = named_inputs(inputs, self._engine.model, self._engine.form)
-        tensors = check_inputs(given)
-        additional = _format_additional_forward_args(additional_forward_args) or ()
+        tensors: tuple[Tensor, ...] = check_inputs(given)
+        additional: tuple[Any, ...] = _format_additional_forward_args(additional_forward_args) or ()
         batch = len(tensors[0])
         if internal_batch_size is not None and not (
             isinstance(internal_batch_size, int) and internal_batch_size >= 1
@@ -284,7 +286,8 @@ class RelativeLRP(_Explainer, Attribution):
         under = region(target)
         if under is not None:
             target, mask = None, under[1]
-            form, additional = replace(form, region=under[0]), (*additional, mask)
+            form = replace(form, region=under[0])
+            additional = (*additional, mask)
         targets = several(target, batch)
         if batch == 0:
             check_eval_mode(self._engine.model)

@@ -22,7 +22,7 @@ model: nn.Module = nn.Linear(4, 2).eval()
 x = torch.rand(3, 4)
 
 one: Tensor = RelativeLRP(model).attribute(x, target=1)
-two: tuple[Tensor, Tensor] = RelativeLRP(model, backend="reference").attribute((x, x), target=1)
+two: tuple[Tensor, ...] = RelativeLRP(model, backend="reference").attribute((x, x), target=1)
 relevance, delta = RelativeLRP(model).attribute(x, target=[0, 1, 1], return_convergence_delta=True)
 shape: torch.Size = relevance.shape
 rounding: float = delta.max().item()
