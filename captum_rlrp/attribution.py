@@ -11,11 +11,11 @@ import sys
 import typing
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from captum._utils.common import _format_additional_forward_args, _format_output
-from captum._utils.typing import TargetType, TensorOrTupleOfTensorsGeneric
+from captum._utils.typing import TargetType
 from captum.attr import Attribution, LayerAttribution
 from captum.log import log_usage
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ from .run.recording import Recordings
 from .targets import any_target, at_hand, region, several, start_at
 
 Backend = Literal["auto", "compiled", "reference"]
+# Captum has a variable like it, but is not typed for those who use it.
+Inputs = TypeVar("Inputs", Tensor, tuple[Tensor, ...], dict[str, Tensor])
 ModuleOrModules = nn.Module | Sequence[nn.Module] | None
 
 
@@ -147,7 +149,7 @@ class RelativeLRP(_Explainer, Attribution):
 
     Examples::
 
-        >>> model = torchvision.models.resnet50(weights="DEFAULT").eval()
+        >>> model = torchvision.models.resnet18().eval()  # with your weights
         >>> rlrp = RelativeLRP(model)
         >>> # images: (N, 3, 224, 224) → attributions of the same shape
         >>> attributions = rlrp.attribute(images, target=labels)
@@ -172,36 +174,36 @@ class RelativeLRP(_Explainer, Attribution):
     @typing.overload
     def attribute(
         self,
-        inputs: TensorOrTupleOfTensorsGeneric,
+        inputs: Inputs,
         target: TargetType = None,
         additional_forward_args: object | None = None,
         *,
         return_convergence_delta: Literal[True],
         verbose: bool = False,
         internal_batch_size: int | None = None,
-    ) -> tuple[TensorOrTupleOfTensorsGeneric, Tensor]: ...
+    ) -> tuple[Inputs, Tensor]: ...
 
     @typing.overload
     def attribute(
         self,
-        inputs: TensorOrTupleOfTensorsGeneric,
+        inputs: Inputs,
         target: TargetType = None,
         additional_forward_args: object | None = None,
         return_convergence_delta: Literal[False] = False,
         verbose: bool = False,
         internal_batch_size: int | None = None,
-    ) -> TensorOrTupleOfTensorsGeneric: ...
+    ) -> Inputs: ...
 
     @log_usage(part_of_slo=True)
     def attribute(
         self,
-        inputs: TensorOrTupleOfTensorsGeneric,
+        inputs: Inputs,
         target: TargetType = None,
         additional_forward_args: object | None = None,
         return_convergence_delta: bool = False,
         verbose: bool = False,
         internal_batch_size: int | None = None,
-    ) -> TensorOrTupleOfTensorsGeneric | tuple[TensorOrTupleOfTensorsGeneric, Tensor]:
+    ) -> Inputs | tuple[Inputs, Tensor]:
         r"""
         Args:
 
@@ -272,8 +274,8 @@ class RelativeLRP(_Explainer, Attribution):
         """
         keys = tuple(inputs) if isinstance(inputs, dict) else None
         given, form = named_inputs(inputs, self._engine.model, self._engine.form)
-        tensors = check_inputs(given)
-        additional = _format_additional_forward_args(additional_forward_args) or ()
+        tensors: tuple[Tensor, ...] = check_inputs(given)
+        additional: tuple[Any, ...] = _format_additional_forward_args(additional_forward_args) or ()
         batch = len(tensors[0])
         if internal_batch_size is not None and not (
             isinstance(internal_batch_size, int) and internal_batch_size >= 1
@@ -284,7 +286,8 @@ class RelativeLRP(_Explainer, Attribution):
         under = region(target)
         if under is not None:
             target, mask = None, under[1]
-            form, additional = replace(form, region=under[0]), (*additional, mask)
+            form = replace(form, region=under[0])
+            additional = (*additional, mask)
         targets = several(target, batch)
         if batch == 0:
             check_eval_mode(self._engine.model)
@@ -343,10 +346,10 @@ class LayerRelativeLRP(_Explainer, LayerAttribution):
     Examples::
 
         >>> layer_rlrp = LayerRelativeLRP(model, model.layer4)
-        >>> relevance = layer_rlrp.attribute(images, target=labels)  # (N, 2048, 7, 7)
+        >>> relevance = layer_rlrp.attribute(images, target=labels)  # (N, 512, 7, 7)
         >>> heat = LayerAttribution.interpolate(relevance.sum(1, keepdim=True), (224, 224))
         >>> # text: integer tokens, explained at the embedding
-        >>> tokens = LayerRelativeLRP(model, model.embedding).attribute(ids, target=1)
+        >>> tokens = LayerRelativeLRP(reader, reader.embedding).attribute(ids, target=1)
     """
 
     def __init__(

@@ -118,10 +118,9 @@ def explain_dataset(
 
     Examples::
 
-        >>> photos = ImageFolder("photos", transform)
         >>> path = explain_dataset(model, photos, "run", channels=["layer4"])
         >>> with h5py.File(path) as file:
-        ...     file["attribution"][0]
+        ...     first = file["attribution"][0]
     """
     folder, shown, model = Path(out), shown or Shown(), unwrap(model)
     hdf5()

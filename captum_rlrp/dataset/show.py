@@ -74,8 +74,8 @@ def show(
 
     Examples::
 
-        >>> show(rlrp.attribute(images, target=labels), images)
-        >>> show(relevance.sum(-1), tokens=[tokenizer.tokenize(text) for text in texts])
+        >>> page = show(rlrp.attribute(images, target=labels), images)
+        >>> page = show(relevance.sum(-1), tokens=words)
     """
     values = attributions.detach().float().cpu()
     if tokens is not None:

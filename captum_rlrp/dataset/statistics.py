@@ -71,11 +71,11 @@ class RelevanceStatistics:
 
     Examples::
 
-        >>> statistics = RelevanceStatistics.collect(model, loader)
-        >>> statistics.mean("layer4", 3)  # relevance of each channel in explanations of class 3
-        >>> difference = statistics.compare("layer4", 3, 5)
-        >>> difference.significant()[:10]  # channels that tell class 3 from class 5
-        >>> statistics.plot_flow()
+        >>> statistics = RelevanceStatistics.collect(model, loader, target="label")
+        >>> mean = statistics.mean("layer4.0.conv1", 3)  # of each channel, for class 3
+        >>> difference = statistics.compare("layer4.0.conv1", 3, 5)
+        >>> channels = difference.significant()[:10]  # those that tell class 3 from class 5
+        >>> axis = statistics.plot_flow()
     """
 
     def __init__(self) -> None:
