@@ -21,6 +21,7 @@ from .form import PLAIN, Form
 from .nodes import bind, dependents, place_of, reads_values
 from .normalise import normalise
 from .random_calls import check_deterministic
+from .written_out import HasRule
 
 __all__ = [
     "CAPTURING",
@@ -118,6 +119,7 @@ def capture(
     form: Form = PLAIN,
     batched: Any = None,
     allow_random: bool = False,
+    has_rule: HasRule = lambda _: True,
 ) -> CapturedGraph:
     """Captures ``model(*args)``.
 
@@ -132,6 +134,8 @@ def capture(
         batched: Of each argument, nested as it is, whether it carries the batch; by default every
             tensor of that size does.
         allow_random: Whether random numbers that forward draws count as constants.
+        has_rule: Whether relevance can cross calls of an op. Others are decomposed where PyTorch
+            has a decomposition.
 
     Raises:
         CaptureError: If export refuses, with its own text, or if forward draws random numbers.
@@ -143,7 +147,7 @@ def capture(
     pairs = [example(v, b, batch_size) for v, b in zip(args, batched, strict=True)]
     with CAPTURING, torch.inference_mode(False), torch.no_grad():
         program = export(model, form, [p[0] for p in pairs], [p[1] for p in pairs], layers)
-        graph = normalise(program, model)
+        graph = normalise(program, model, has_rule)
     if not allow_random:
         check_deterministic(graph)
     return graph

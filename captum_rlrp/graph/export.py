@@ -7,9 +7,13 @@ import logging
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.export import _trace
+from torch.fx import Graph
+from torch.nn.modules import transformer
 from torch.utils._pytree import tree_leaves
 
 from ..errors import CaptureError, RelativeLRPError
@@ -39,16 +43,14 @@ def export(
         CaptureError: If export refuses, with its own text.
     """
     root = twin(model, form, layers)
-    # The fused encoder kernels hide the layers that need rules.
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with _quiet(), RecurrentLayers():
+        with _quiet(), plain_transformers(), RecurrentLayers():
             program = torch.export.export(
                 _SameBatch(root, dynamic), tuple(args), dynamic_shapes=(tuple(dynamic),)
             )
-            # Inverts nothing, but makes writes to what has another name functional.
-            if has_aliased_write(program.graph):
+            # Inverts nothing, but makes writes to what has another name functional, casts as
+            # autocast regions do, and maps as vmap does.
+            if has_aliased_write(program.graph) or _has_regions(program.graph):
                 program = program.run_decompositions({})
             return program
     except RelativeLRPError:
@@ -57,6 +59,36 @@ def export(
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             raise
         raise CaptureError(_explain(error, model)) from error
+
+
+def _has_regions(graph: Graph) -> bool:
+    """Whether some calls run under another autocast, or under vmap."""
+    return any(
+        (
+            isinstance(node.target, torch._ops.HigherOrderOperator)
+            and node.target.name() == "wrap_with_autocast"
+        )
+        or getattr(node.target, "__module__", None) == "torch._functorch.predispatch"
+        for node in graph.nodes
+    )
+
+
+def _hint(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+    return is_causal is True
+
+
+@contextlib.contextmanager
+def plain_transformers() -> Iterator[None]:
+    """PyTorch's transformer layers as they are written, without what only makes them faster.
+
+    The fused encoder kernels hide the layers that need rules. And whether a mask is a causal one is
+    read off its values; it is applied as it is in either case.
+    """
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with mock.patch.object(transformer, "_detect_is_causal_mask", _hint):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
 
@@ -113,14 +145,15 @@ def example(value: Any, batched: Any, size: int | None) -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Export warns of its own working and logs what it raises anyway: not the user's concern."""
+    """Export warns of its own working, and logs and prints what it raises anyway."""
     names = (
         "torch._subclasses", "torch.export", "torch._export", "torch._subclasses.fake_tensor",
         "torch.fx", "torch.fx.experimental.symbolic_shapes",
     )  # fmt: skip
     loggers = [logging.getLogger(name) for name in names]
     disabled = [logger.disabled for logger in loggers]
-    with warnings.catch_warnings():
+    silent = mock.patch.object(_trace, "print", create=True)
+    with warnings.catch_warnings(), silent:
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.disabled = True

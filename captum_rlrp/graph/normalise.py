@@ -21,17 +21,18 @@ from .aliases import alias_roots, make_functional
 from .captured import CapturedGraph
 from .nodes import bind, mutates
 from .twins import ROOT
-from .written_out import write_out
+from .written_out import HasRule, write_out
 
 aten = torch.ops.aten
 
 
-def normalise(program: Any, model: nn.Module) -> CapturedGraph:
+def normalise(program: Any, model: nn.Module, has_rule: HasRule) -> CapturedGraph:
     """The normal form of an exported program.
 
     Args:
         program: What :func:`captum_rlrp.graph.export.export` returned.
         model: The model, to be named in errors.
+        has_rule: Whether relevance can cross calls of an op.
     """
     graph: Graph = program.graph
     _inline_subgraphs(graph, program.graph_module)
@@ -52,10 +53,12 @@ def normalise(program: Any, model: nn.Module) -> CapturedGraph:
             inputs.append(node)
         else:
             raise CaptureError(
-                f"{type(model).__name__} cannot be captured: it holds a {spec.kind.name.lower()} "
-                f"('{spec.target}'), which is no tensor."
+                f"{type(model).__name__} cannot be captured: its forward uses an object that is no "
+                f"tensor (a torch.Generator or packed quantised weights, perhaps), which export "
+                f"calls '{spec.target}'. Keep what it makes in a buffer, or explain the model as "
+                "it was before it was packed."
             )
-    write_out(graph, inputs)
+    write_out(graph, inputs, has_rule)
     _open_slices(graph)
     for node in graph.nodes:
         if node.target in (aten.view.default, aten._unsafe_view.default):

@@ -32,6 +32,7 @@ from ..kernels import reference
 from ..plan.fusion import fuse
 from ..plan.portions import find_portion
 from ..plan.steps import Plan, plan
+from ..rules import has_rule
 from .arguments import Batched, device_of, guesses, has_edges, take
 from .program import Program
 from .trial import Trial
@@ -229,7 +230,8 @@ class Capturing:
         self, args: Sequence[Any], batch: int | None, form: Form, batched: Batched | None = None
     ) -> CapturedGraph:
         layers = self._layers()
-        return capture(self.model, args, batch, layers, form, batched, self.allow_random)
+        random = self.allow_random
+        return capture(self.model, args, batch, layers, form, batched, random, has_rule)
 
     def _only(self, args: Sequence[Any], batch: int, form: Form) -> CapturedGraph:
         """The graph for a batch of exactly this size, seen as one sample."""

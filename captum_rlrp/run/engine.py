@@ -188,7 +188,9 @@ class Engine(Capturing):
         with self._lock:
             found = self._cache.get(name)
             if found is not None and not found.admits(batch):
-                if found.only == 1 and self._holds_for(found, args, batch, form):
+                with CAPTURING:
+                    holds = found.only == 1 and self._holds_for(found, args, batch, form)
+                if holds:
                     found = self._cache[name] = replace(found, only=None)
                 else:
                     name = (name, batch)
