@@ -278,3 +278,21 @@ def test_a_refused_capture_prints_nothing(capfd: pytest.CaptureFixture[str]) -> 
     with pytest.raises(CaptureError):
         RelativeLRP(model).attribute(X[:1], 0)
     assert capfd.readouterr() == ("", "")
+
+
+def test_packed_four_bit_weights() -> None:
+    """What the product makes of unit vectors is the matrix."""
+    torch.manual_seed(0)
+    codes = torch.randint(0, 16, (64, 32), dtype=torch.int32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    scales = torch.rand(1, 64, 2).bfloat16()
+
+    def product(x: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, 32, scales)
+
+    matrix = product(torch.eye(32).bfloat16())
+    head = nn.Linear(64, 3).bfloat16()
+    x = rows(3, 32).bfloat16()
+    found = explained(of(lambda s, v: s.h(product(v).relu()), h=head), x)
+    expected = explained(of(lambda s, v: s.h((v @ matrix).relu()), h=head), x)
+    agree(found.float(), expected.float(), 0.02)

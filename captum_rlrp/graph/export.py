@@ -118,8 +118,10 @@ def _is_shape(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(key, int) for key in value)
 
 
-def example(value: Any, batched: Any, size: int | None) -> tuple[Any, Any]:
-    """An argument to trace with, and which of its dimensions is open.
+def example(
+    value: Any, batched: Any, size: int | None, sizes: Collection[int] = ()
+) -> tuple[Any, Any]:
+    """An argument to trace with, and which of its dimensions are open.
 
     Export takes a size of 0 or 1 for a constant, so it never sees one as the batch.
 
@@ -127,18 +129,20 @@ def example(value: Any, batched: Any, size: int | None) -> tuple[Any, Any]:
         value: The argument.
         batched: Whether its dimension 0 is the batch; nested as the argument is.
         size: The size of the batch, or None to capture exactly this argument.
+        sizes: Further dimensions to leave open, where the batch is.
     """
     if isinstance(value, Tensor):
         if size is not None and batched:
             shape = (max(size, 2), *value.shape[1:])
             made = torch.empty(shape, dtype=value.dtype, device=value.device)
-            return made, {0: torch.export.Dim.AUTO}
+            wide = [d for d in sizes if d < made.dim() and made.shape[d] > 1]
+            return made, dict.fromkeys((0, *wide), torch.export.Dim.AUTO)
         return value.detach(), None
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-        pairs = [example(v, b, size) for v, b in zip(value, batched, strict=True)]
+        pairs = [example(v, b, size, sizes) for v, b in zip(value, batched, strict=True)]
         return type(value)(p[0] for p in pairs), type(value)(p[1] for p in pairs)
     if isinstance(value, dict):
-        named = {key: example(v, batched[key], size) for key, v in value.items()}
+        named = {key: example(v, batched[key], size, sizes) for key, v in value.items()}
         return {k: p[0] for k, p in named.items()}, {k: p[1] for k, p in named.items()}
     return value, None
 
@@ -167,7 +171,16 @@ def _quiet() -> Iterator[None]:
 def _explain(error: Exception, model: nn.Module) -> str:
     text = str(error).strip()
     lower = text.lower()
-    if "data-dependent" in lower or "guardondatadependent" in lower or "unbacked" in lower:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        cause = (
+            "some of its weights are on the meta device, as those that are offloaded are; load it "
+            "whole, on one device"
+        )
+    elif "torch.classes.quantized" in lower:
+        cause = (
+            "its weights are packed by torch.ao.quantization; explain the model as it was before"
+        )
+    elif "data-dependent" in lower or "guardondatadependent" in lower or "unbacked" in lower:
         cause = (
             "its forward branches or indexes on the values of a tensor, so it is no static graph; "
             "replace the branch by torch.where or move it out of forward"

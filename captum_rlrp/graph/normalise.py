@@ -35,7 +35,7 @@ def normalise(program: Any, model: nn.Module, has_rule: HasRule) -> CapturedGrap
         has_rule: Whether relevance can cross calls of an op.
     """
     graph: Graph = program.graph
-    _inline_subgraphs(graph, program.graph_module)
+    inline_subgraphs(graph, program.graph_module)
     make_functional(graph)
     for node in graph.nodes:
         _clean(node)
@@ -142,7 +142,7 @@ def _guards_on(size: Any) -> tuple[sympy.Basic, ...]:
     return tuple(guard.expr for guard in size.node.shape_env.get_pruned_guards([size]))
 
 
-def _inline_subgraphs(graph: Graph, module: Any) -> None:
+def inline_subgraphs(graph: Graph, module: Any) -> None:
     """Writes out what export wrapped (``with torch.no_grad():`` and autocast regions)."""
     for node in list(graph.nodes):
         if not isinstance(node.target, torch._ops.HigherOrderOperator):
@@ -151,7 +151,7 @@ def _inline_subgraphs(graph: Graph, module: Any) -> None:
             continue
         attribute = next(a for a in node.args if isinstance(a, Node) and a.op == "get_attr")
         inner = operator.attrgetter(str(attribute.target))(module)
-        _inline_subgraphs(inner.graph, inner)
+        inline_subgraphs(inner.graph, inner)
         operands = node.args[node.args.index(attribute) + 1 :]
         slots = [n for n in inner.graph.nodes if n.op == "placeholder"]
         values: dict[Node, Any] = dict(zip(slots, operands, strict=True))

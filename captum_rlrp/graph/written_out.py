@@ -337,7 +337,7 @@ def _repeated(a: Arguments) -> Tensor:
 
 def _unpacked(a: Arguments) -> Tensor:
     """A product with packed weights: what they make of unit vectors is the matrix."""
-    x, weight, *more = a.values()
+    x, weight, *more = (a[name] for name in ("self", "mat2", "qGroupSize", "qScaleAndZeros"))
     product = torch.ops.aten._weight_int4pack_mm
     if weight.dtype == torch.uint8:
         product = torch.ops.aten._weight_int4pack_mm_for_cpu
