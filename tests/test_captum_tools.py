@@ -63,3 +63,29 @@ def test_distributed_wrapper_of_one_process(tmp_path: Path) -> None:
         agree(explained(wrapped, X), explained(model, X))
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantus_takes_it_as_explain_func() -> None:
+    import quantus  # takes seconds
+
+    def explain(model: nn.Module, inputs: Any, targets: Any, **options: Any) -> Any:
+        x, classes = torch.as_tensor(inputs).float(), torch.as_tensor(targets).long()
+        return RelativeLRP(model).attribute(x, classes).sum(1, keepdim=True).numpy()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 3)
+    ).eval()
+    x = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(1)).numpy()
+    y = model(torch.from_numpy(x)).argmax(1).numpy()
+    common = {"model": model, "x_batch": x, "y_batch": y, "explain_func": explain}
+    common |= {"a_batch": None, "device": "cpu"}
+    options = {"disable_warnings": True, "display_progressbar": False}
+    sparse = quantus.Sparseness(**options)(**common)
+    stable = quantus.MaxSensitivity(nr_samples=2, **options)(**common)
+    flips = quantus.PixelFlipping(features_in_step=16, **options)(**common)
+    assert len(sparse) == len(stable) == len(flips) == 2
+    assert all(0 < float(score) < 1 for score in sparse)
+    assert all(0 <= float(score) < 10 for score in stable)
+    assert all(len(curve) == 4 for curve in flips)

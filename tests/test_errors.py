@@ -23,7 +23,7 @@ from captum_rlrp import (
 
 class Wave(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return torch.fft.fft(x).real
+        return torch.special.airy_ai(x)
 
 
 class Bessel(nn.Module):
@@ -61,12 +61,12 @@ def test_unsupported_operations_are_all_listed() -> None:
     with pytest.raises(UnsupportedOperationError) as caught:
         RelativeLRP(Model().eval()).attribute(X, target=0)
     message = str(caught.value)
-    for word in ("fft", "bessel_j0", "body.1", "body.3", "test_errors.py"):
+    for word in ("airy_ai", "bessel_j0", "body.1", "body.3", "test_errors.py"):
         assert word in message
     lines = [int(n) for n in re.findall(r"test_errors\.py[^0-9]{1,9}(\d+)", message)]
     source = Path(__file__).read_text().splitlines()
     named = {source[n - 1].strip() for n in lines}
-    assert {"return torch.fft.fft(x).real", "return torch.special.bessel_j0(x)"} <= named
+    assert {"return torch.special.airy_ai(x)", "return torch.special.bessel_j0(x)"} <= named
 
 
 def test_unsupported_operations_are_found_before_anything_is_computed() -> None:

@@ -188,11 +188,11 @@ def test_a_batch_of_one_that_the_model_cuts() -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [X.double(), X[:, :3], X.to_sparse(), torch.nested.nested_tensor([X[0], X[1]])],
-    ids=["dtype", "shape", "sparse", "nested"],
+    [X.double(), X[:, :3], X.to_sparse(), torch.nested.nested_tensor([X[0], X[1]]), X.to("meta")],
+    ids=["dtype", "shape", "sparse", "nested", "meta"],
 )
 def test_inputs_that_do_not_fit(bad: Tensor) -> None:
-    with pytest.raises(InputError, match=r"expects 4 features|dense"):
+    with pytest.raises(InputError, match=r"expects 4 features|dense|meta device"):
         explained(mlp(), bad)
 
 
@@ -367,6 +367,13 @@ def test_quantised_weights() -> None:
 def test_torchscript_says_what_to_do() -> None:
     with pytest.raises(CaptureError, match="Python module"):
         RelativeLRP(torch.jit.trace(mlp(), X))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_packed_weights_say_what_to_do() -> None:
+    packed = torch.ao.quantization.quantize_dynamic(mlp(), {nn.Linear}, torch.qint8)
+    with pytest.raises(CaptureError, match="as it was before"):
+        explained(packed, X[:1])
 
 
 def test_sharded_parameters_say_what_to_do() -> None:

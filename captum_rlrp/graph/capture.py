@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import CaptureError, TrainingModeError
 from .aliases import unshared
@@ -19,12 +20,15 @@ from .captured import CapturedGraph, flatten_arguments
 from .export import example, export
 from .form import PLAIN, Form
 from .nodes import bind, dependents, place_of, reads_values
-from .normalise import normalise
+from .normalise import inline_subgraphs, normalise
 from .random_calls import check_deterministic
+from .sizes import close
+from .written_out import HasRule
 
 __all__ = [
     "CAPTURING",
     "CapturedGraph",
+    "OpenCapture",
     "bind",
     "capture",
     "carries_batch",
@@ -118,6 +122,7 @@ def capture(
     form: Form = PLAIN,
     batched: Any = None,
     allow_random: bool = False,
+    has_rule: HasRule = lambda _: True,
 ) -> CapturedGraph:
     """Captures ``model(*args)``.
 
@@ -132,6 +137,8 @@ def capture(
         batched: Of each argument, nested as it is, whether it carries the batch; by default every
             tensor of that size does.
         allow_random: Whether random numbers that forward draws count as constants.
+        has_rule: Whether relevance can cross calls of an op. Others are decomposed where PyTorch
+            has a decomposition.
 
     Raises:
         CaptureError: If export refuses, with its own text, or if forward draws random numbers.
@@ -140,13 +147,70 @@ def capture(
     check_eval_mode(model)
     if batched is None:
         batched = carries_batch(args, batch_size)
-    pairs = [example(v, b, batch_size) for v, b in zip(args, batched, strict=True)]
     with CAPTURING, torch.inference_mode(False), torch.no_grad():
-        program = export(model, form, [p[0] for p in pairs], [p[1] for p in pairs], layers)
-        graph = normalise(program, model)
+        program = _exported(model, args, batch_size, layers, form, batched)
+        graph = normalise(program, model, has_rule)
     if not allow_random:
         check_deterministic(graph)
     return graph
+
+
+def _exported(
+    model: nn.Module,
+    args: Sequence[Any],
+    batch_size: int | None,
+    layers: Collection[nn.Module],
+    form: Form,
+    batched: Any,
+    sizes: Collection[int] = (),
+) -> Any:
+    pairs = [example(v, b, batch_size, sizes) for v, b in zip(args, batched, strict=True)]
+    return export(model, form, [p[0] for p in pairs], [p[1] for p in pairs], layers)
+
+
+class OpenCapture:
+    """What was captured of a model with sizes left open, for any of these sizes.
+
+    Args:
+        model: As for :func:`capture`, like all the others.
+        args: Arguments to trace with.
+        batch_size: The size of the batch.
+        layers: Modules whose outputs must be values of their own.
+        form: How the model is called.
+        batched: Of each argument, whether it carries the batch.
+        sizes: Which dimensions are left open, in all arguments that carry the batch.
+        allow_random: Whether random numbers count as constants.
+        has_rule: Whether relevance can cross calls of an op.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: Sequence[Any],
+        batch_size: int,
+        layers: Collection[nn.Module],
+        form: Form,
+        batched: Any,
+        sizes: Collection[int],
+        allow_random: bool,
+        has_rule: HasRule,
+    ) -> None:
+        self._model, self._allow_random, self._has_rule = model, allow_random, has_rule
+        self._batched = tree_leaves(batched)
+        with CAPTURING, torch.inference_mode(False), torch.no_grad():
+            self._program = _exported(model, args, batch_size, layers, form, batched, sizes)
+            inline_subgraphs(self._program.graph, self._program.graph_module)
+
+    def graph(self, args: Sequence[Any]) -> CapturedGraph | None:
+        """The graph for arguments of these sizes; None where forward goes another way there."""
+        with CAPTURING, torch.inference_mode(False), torch.no_grad():
+            program = close(self._program, tree_leaves(list(args)), self._batched)
+            if program is None:
+                return None
+            graph = normalise(program, self._model, self._has_rule)
+        if not self._allow_random:
+            check_deterministic(graph)
+        return replace(graph, guards=(*graph.guards, *program.guards))
 
 
 def carries_batch(args: Sequence[Any], batch_size: int | None) -> Any:

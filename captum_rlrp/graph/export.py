@@ -7,9 +7,13 @@ import logging
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.export import _trace
+from torch.fx import Graph
+from torch.nn.modules import transformer
 from torch.utils._pytree import tree_leaves
 
 from ..errors import CaptureError, RelativeLRPError
@@ -39,16 +43,14 @@ def export(
         CaptureError: If export refuses, with its own text.
     """
     root = twin(model, form, layers)
-    # The fused encoder kernels hide the layers that need rules.
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with _quiet(), RecurrentLayers():
+        with _quiet(), plain_transformers(), RecurrentLayers():
             program = torch.export.export(
                 _SameBatch(root, dynamic), tuple(args), dynamic_shapes=(tuple(dynamic),)
             )
-            # Inverts nothing, but makes writes to what has another name functional.
-            if has_aliased_write(program.graph):
+            # Inverts nothing, but makes writes to what has another name functional, casts as
+            # autocast regions do, and maps as vmap does.
+            if has_aliased_write(program.graph) or _has_regions(program.graph):
                 program = program.run_decompositions({})
             return program
     except RelativeLRPError:
@@ -57,6 +59,36 @@ def export(
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             raise
         raise CaptureError(_explain(error, model)) from error
+
+
+def _has_regions(graph: Graph) -> bool:
+    """Whether some calls run under another autocast, or under vmap."""
+    return any(
+        (
+            isinstance(node.target, torch._ops.HigherOrderOperator)
+            and node.target.name() == "wrap_with_autocast"
+        )
+        or getattr(node.target, "__module__", None) == "torch._functorch.predispatch"
+        for node in graph.nodes
+    )
+
+
+def _hint(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+    return is_causal is True
+
+
+@contextlib.contextmanager
+def plain_transformers() -> Iterator[None]:
+    """PyTorch's transformer layers as they are written, without what only makes them faster.
+
+    The fused encoder kernels hide the layers that need rules. And whether a mask is a causal one is
+    read off its values; it is applied as it is in either case.
+    """
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with mock.patch.object(transformer, "_detect_is_causal_mask", _hint):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
 
@@ -86,8 +118,10 @@ def _is_shape(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(key, int) for key in value)
 
 
-def example(value: Any, batched: Any, size: int | None) -> tuple[Any, Any]:
-    """An argument to trace with, and which of its dimensions is open.
+def example(
+    value: Any, batched: Any, size: int | None, sizes: Collection[int] = ()
+) -> tuple[Any, Any]:
+    """An argument to trace with, and which of its dimensions are open.
 
     Export takes a size of 0 or 1 for a constant, so it never sees one as the batch.
 
@@ -95,32 +129,35 @@ def example(value: Any, batched: Any, size: int | None) -> tuple[Any, Any]:
         value: The argument.
         batched: Whether its dimension 0 is the batch; nested as the argument is.
         size: The size of the batch, or None to capture exactly this argument.
+        sizes: Further dimensions to leave open, where the batch is.
     """
     if isinstance(value, Tensor):
         if size is not None and batched:
             shape = (max(size, 2), *value.shape[1:])
             made = torch.empty(shape, dtype=value.dtype, device=value.device)
-            return made, {0: torch.export.Dim.AUTO}
+            wide = [d for d in sizes if d < made.dim() and made.shape[d] > 1]
+            return made, dict.fromkeys((0, *wide), torch.export.Dim.AUTO)
         return value.detach(), None
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-        pairs = [example(v, b, size) for v, b in zip(value, batched, strict=True)]
+        pairs = [example(v, b, size, sizes) for v, b in zip(value, batched, strict=True)]
         return type(value)(p[0] for p in pairs), type(value)(p[1] for p in pairs)
     if isinstance(value, dict):
-        named = {key: example(v, batched[key], size) for key, v in value.items()}
+        named = {key: example(v, batched[key], size, sizes) for key, v in value.items()}
         return {k: p[0] for k, p in named.items()}, {k: p[1] for k, p in named.items()}
     return value, None
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Export warns of its own working and logs what it raises anyway: not the user's concern."""
+    """Export warns of its own working, and logs and prints what it raises anyway."""
     names = (
         "torch._subclasses", "torch.export", "torch._export", "torch._subclasses.fake_tensor",
         "torch.fx", "torch.fx.experimental.symbolic_shapes",
     )  # fmt: skip
     loggers = [logging.getLogger(name) for name in names]
     disabled = [logger.disabled for logger in loggers]
-    with warnings.catch_warnings():
+    silent = mock.patch.object(_trace, "print", create=True)
+    with warnings.catch_warnings(), silent:
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.disabled = True
@@ -134,7 +171,16 @@ def _quiet() -> Iterator[None]:
 def _explain(error: Exception, model: nn.Module) -> str:
     text = str(error).strip()
     lower = text.lower()
-    if "data-dependent" in lower or "guardondatadependent" in lower or "unbacked" in lower:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        cause = (
+            "some of its weights are on the meta device, as those that are offloaded are; load it "
+            "whole, on one device"
+        )
+    elif "torch.classes.quantized" in lower:
+        cause = (
+            "its weights are packed by torch.ao.quantization; explain the model as it was before"
+        )
+    elif "data-dependent" in lower or "guardondatadependent" in lower or "unbacked" in lower:
         cause = (
             "its forward branches or indexes on the values of a tensor, so it is no static graph; "
             "replace the branch by torch.where or move it out of forward"

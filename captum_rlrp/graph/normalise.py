@@ -21,20 +21,21 @@ from .aliases import alias_roots, make_functional
 from .captured import CapturedGraph
 from .nodes import bind, mutates
 from .twins import ROOT
-from .written_out import write_out
+from .written_out import HasRule, write_out
 
 aten = torch.ops.aten
 
 
-def normalise(program: Any, model: nn.Module) -> CapturedGraph:
+def normalise(program: Any, model: nn.Module, has_rule: HasRule) -> CapturedGraph:
     """The normal form of an exported program.
 
     Args:
         program: What :func:`captum_rlrp.graph.export.export` returned.
         model: The model, to be named in errors.
+        has_rule: Whether relevance can cross calls of an op.
     """
     graph: Graph = program.graph
-    _inline_subgraphs(graph, program.graph_module)
+    inline_subgraphs(graph, program.graph_module)
     make_functional(graph)
     for node in graph.nodes:
         _clean(node)
@@ -52,10 +53,12 @@ def normalise(program: Any, model: nn.Module) -> CapturedGraph:
             inputs.append(node)
         else:
             raise CaptureError(
-                f"{type(model).__name__} cannot be captured: it holds a {spec.kind.name.lower()} "
-                f"('{spec.target}'), which is no tensor."
+                f"{type(model).__name__} cannot be captured: its forward uses an object that is no "
+                f"tensor (a torch.Generator or packed quantised weights, perhaps), which export "
+                f"calls '{spec.target}'. Keep what it makes in a buffer, or explain the model as "
+                "it was before it was packed."
             )
-    write_out(graph, inputs)
+    write_out(graph, inputs, has_rule)
     _open_slices(graph)
     for node in graph.nodes:
         if node.target in (aten.view.default, aten._unsafe_view.default):
@@ -139,7 +142,7 @@ def _guards_on(size: Any) -> tuple[sympy.Basic, ...]:
     return tuple(guard.expr for guard in size.node.shape_env.get_pruned_guards([size]))
 
 
-def _inline_subgraphs(graph: Graph, module: Any) -> None:
+def inline_subgraphs(graph: Graph, module: Any) -> None:
     """Writes out what export wrapped (``with torch.no_grad():`` and autocast regions)."""
     for node in list(graph.nodes):
         if not isinstance(node.target, torch._ops.HigherOrderOperator):
@@ -148,7 +151,7 @@ def _inline_subgraphs(graph: Graph, module: Any) -> None:
             continue
         attribute = next(a for a in node.args if isinstance(a, Node) and a.op == "get_attr")
         inner = operator.attrgetter(str(attribute.target))(module)
-        _inline_subgraphs(inner.graph, inner)
+        inline_subgraphs(inner.graph, inner)
         operands = node.args[node.args.index(attribute) + 1 :]
         slots = [n for n in inner.graph.nodes if n.op == "placeholder"]
         values: dict[Node, Any] = dict(zip(slots, operands, strict=True))

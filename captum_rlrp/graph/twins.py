@@ -116,7 +116,7 @@ class _Twins:
                     for key, buffer in value.items()
                 }
             elif name in ("_parameters", "_buffers"):
-                made.__dict__[name] = dict(value)
+                made.__dict__[name] = {key: self._tensor(tensor) for key, tensor in value.items()}
             elif name == "config":
                 made.__dict__[name] = self._config(value)
             else:
@@ -128,6 +128,17 @@ class _Twins:
             made.__dict__["check_forward_args"] = lambda *args: None
         _open_exported(made)
         return made
+
+    def _tensor(self, tensor: Tensor | None) -> Tensor | None:
+        """The tensor itself, but for one made in inference mode, which export cannot hold."""
+        if tensor is None or not tensor.is_inference():
+            return tensor
+        if id(tensor) not in self._known:
+            with torch.inference_mode(False):
+                made = tensor.clone()
+                is_parameter = isinstance(tensor, nn.Parameter)
+                self._note(tensor, nn.Parameter(made, False) if is_parameter else made)
+        return self._known[id(tensor)][1]
 
     def _container(self, value: Any) -> Any:
         if len(value) > _LONGEST:

@@ -2,28 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._decomp import decomposition_table
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .nodes import bind, dependents
 from .recurrent import RECURRENT, unroll
+from .spectra import has_complex, is_written_out, write_out_complex
 
 aten = torch.ops.aten
 
 Arguments = dict[str, Any]
+HasRule = Callable[[Any], bool]
 
 
-def write_out(graph: Graph, inputs: Sequence[Node]) -> None:
-    """Writes out every composite operation that the inputs reach."""
+def write_out(graph: Graph, inputs: Sequence[Node], has_rule: HasRule) -> None:
+    """Writes out every composite operation that the inputs reach.
+
+    Args:
+        graph: The graph, changed in place.
+        inputs: What the user passed.
+        has_rule: Whether relevance can cross calls of an op; what it cannot cross is written out
+            as PyTorch itself does, where it does.
+    """
+    _write_out_known(graph, inputs, list(graph.nodes))
+    _write_out_known(graph, inputs, _decompose(graph, inputs, has_rule))
+    write_out_complex(graph, inputs, _traced_of)
+
+
+def _write_out_known(graph: Graph, inputs: Sequence[Node], nodes: Sequence[Node]) -> None:
+    """Writes out those of these nodes that stand in the table below."""
     depends = dependents(graph.nodes, inputs)
-    for node in list(graph.nodes):
+    for node in nodes:
         packet = getattr(node.target, "overloadpacket", None)
         if node not in depends:
             continue
@@ -37,6 +56,50 @@ def write_out(graph: Graph, inputs: Sequence[Node]) -> None:
             _replace(graph, node, _traced(graph, node, WRITTEN_OUT[packet]))
 
 
+def _decompose(graph: Graph, inputs: Sequence[Node], has_rule: HasRule) -> list[Node]:
+    """Writes out what has no rule by PyTorch's own decompositions, if these lead to rules.
+
+    Returns:
+        The new nodes.
+    """
+    before = set(graph.nodes)
+    depends = dependents(graph.nodes, inputs)
+    table = {op: f for op, f in decomposition_table.items() if not has_rule(op)}
+    for node in list(graph.nodes):
+        target = node.target
+        if node not in depends or not isinstance(target, OpOverload) or has_rule(target):
+            continue
+        if is_written_out(target) or (target not in table and not target._can_decompose()):
+            continue
+
+        def call(a: Arguments, target: OpOverload = target) -> Any:
+            return target(*a["args"], **a["kwargs"])
+
+        with contextlib.suppress(Exception):  # not every decomposition takes symbolic sizes
+            traced, nodes = _trace(call, {"args": node.args, "kwargs": {**node.kwargs}}, table)
+            if _crosses(traced, has_rule):
+                _replace(graph, node, _insert(graph, node, traced, nodes))
+    return [node for node in graph.nodes if node not in before]
+
+
+def _crosses(traced: Graph, has_rule: HasRule) -> bool:
+    """Whether relevance can cross what was written out."""
+    slots = [node for node in traced.nodes if node.op == "placeholder"]
+    depends = dependents(traced.nodes, slots).difference(slots)
+    return all(
+        has_rule(node.target) or getattr(node.target, "overloadpacket", None) in WRITTEN_OUT
+        for node in depends
+        if isinstance(node.target, OpOverload)
+        and _carries(node.meta.get("val"))
+        and not any(has_complex(n.meta.get("val")) for n in (node, *node.all_input_nodes))
+    )
+
+
+def _carries(value: Any) -> bool:
+    leaves = [v for v in tree_flatten(value)[0] if isinstance(v, Tensor)]
+    return any(v.is_floating_point() for v in leaves)
+
+
 def _traced(
     graph: Graph,
     node: Node,
@@ -44,7 +107,26 @@ def _traced(
     overrides: Arguments | None = None,
 ) -> Any:
     """The calls that a function makes in place of a node."""
-    leaves, spec = tree_flatten({"padding_idx": None, **bind(node), **(overrides or {})})
+    return _traced_of(
+        graph, node, function, {"padding_idx": None, **bind(node), **(overrides or {})}
+    )
+
+
+def _traced_of(
+    graph: Graph, node: Node, function: Callable[[Arguments], Any], arguments: Arguments
+) -> Any:
+    traced, nodes = _trace(function, arguments)
+    return _insert(graph, node, traced, nodes)
+
+
+def _trace(
+    function: Callable[[Arguments], Any], arguments: Arguments, table: Any = None
+) -> tuple[Graph, list[Node]]:
+    """The calls that a function makes, and the values that they begin with.
+
+    With a table of decompositions they are those of PyTorch's own kernels.
+    """
+    leaves, spec = tree_flatten(arguments)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Node)]
     nodes = [leaves[i] for i in places]
 
@@ -54,11 +136,16 @@ def _traced(
             filled[place] = value
         return function(tree_unflatten(filled, spec))
 
-    traced = make_fx(written, pre_dispatch=True)(*(n.meta["val"] for n in nodes))
-    slots = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    traced = make_fx(written, table, pre_dispatch=table is None)(*(n.meta["val"] for n in nodes))
+    return traced.graph, nodes
+
+
+def _insert(graph: Graph, node: Node, traced: Graph, nodes: Sequence[Node]) -> Any:
+    """Copies calls into the graph in front of a node, and returns what they result in."""
+    slots = [n for n in traced.nodes if n.op == "placeholder"]
     copied = dict(zip(slots, nodes, strict=True))
     with graph.inserting_before(node):
-        result = graph.graph_copy(traced.graph, val_map=copied)  # notes what it copied
+        result = graph.graph_copy(traced, val_map=copied)  # notes what it copied
     notes = {key: value for key, value in node.meta.items() if key != "val"}
     for original, made in copied.items():
         if original not in slots:
@@ -248,6 +335,15 @@ def _repeated(a: Arguments) -> Tensor:
     return x.unsqueeze(dim + 1).expand(shape).flatten(dim, dim + 1)
 
 
+def _unpacked(a: Arguments) -> Tensor:
+    """A product with packed weights: what they make of unit vectors is the matrix."""
+    x, weight, *more = (a[name] for name in ("self", "mat2", "qGroupSize", "qScaleAndZeros"))
+    product = torch.ops.aten._weight_int4pack_mm
+    if weight.dtype == torch.uint8:
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu
+    return x @ product(torch.eye(x.shape[-1], dtype=x.dtype, device=x.device), weight, *more)
+
+
 def _outer(a: Arguments) -> Tensor:
     other = a.get("vec2", a.get("other"))
     return a["self"].unsqueeze(-1) @ other.unsqueeze(-2)  # type: ignore[union-attr]
@@ -269,6 +365,47 @@ def _index_add(a: Arguments) -> Tensor:
     shape[dim] = -1
     index = a["index"].view(shape).expand(source.shape)
     return _scatter_add({"self": a["self"], "dim": dim, "index": index, "src": source})
+
+
+def _index_reduce(a: Arguments) -> Tensor:
+    source, dim = a["source"], a["dim"] % a["self"].dim()
+    shape = [1] * source.dim()
+    shape[dim] = -1
+    index = a["index"].view(shape).expand(source.shape)
+    return _scatter_reduce({**a, "dim": dim, "index": index, "src": source})
+
+
+def _scatter(a: Arguments) -> Any:
+    """Overwrites elements: what is written there, and the rest of what was there."""
+    x, dim, index = a["self"], a["dim"], a["index"]
+    ones = torch.ones_like(index, dtype=x.dtype)
+    reached = torch.zeros_like(x).scatter_add(dim, index, ones) > 0
+    if "src" not in a:
+        return x.masked_fill(reached, a["value"])
+    return torch.where(reached, torch.zeros_like(x).scatter_add(dim, index, a["src"]), x)
+
+
+def _index_fill(a: Arguments) -> Tensor:
+    x, dim = a["self"], a["dim"] % a["self"].dim()
+    at = torch.arange(x.shape[dim], device=x.device)
+    filled = (at[:, None] == a["index"]).any(1).view(-1, *[1] * (x.dim() - dim - 1))
+    return torch.where(filled, a["value"], x)
+
+
+def _quantile(a: Arguments) -> Tensor:
+    """Between two neighbours in the order of size."""
+    x, q, dim, kind = a["self"], a["q"], a["dim"], a["interpolation"]
+    if dim is None:
+        x, dim = x.flatten(), 0
+    q = q if isinstance(q, Tensor) else torch.full((), q, dtype=x.dtype, device=x.device)
+    rank = q.reshape(-1) * (x.shape[dim] - 1)
+    low, high = (rank.round(), rank.round()) if kind == "nearest" else (rank.floor(), rank.ceil())
+    weight = {"lower": 0.0, "nearest": 0.0, "higher": 1.0, "midpoint": 0.5}.get(kind, rank - low)
+    ordered = x.sort(dim)[0].movedim(dim, -1)
+    below, above = (ordered.index_select(-1, side.long()) for side in (low, high))
+    result = below * (1 - weight) + above * weight
+    result = result.movedim(-1, 0) if q.dim() else result.squeeze(-1)
+    return result.unsqueeze(dim % x.dim() + q.dim()) if a["keepdim"] else result
 
 
 def _embedding_bag(a: Arguments) -> Any:
@@ -352,6 +489,17 @@ WRITTEN_OUT: dict[Any, Callable[[Arguments], Any]] = {
     aten.scatter_add: _scatter_add,
     aten.index_add: _index_add,
     aten.scatter_reduce: _scatter_reduce,
+    aten.scatter: _scatter,
+    aten.index_reduce: _index_reduce,
+    aten.index_fill: _index_fill,
+    aten.quantile: _quantile,
+    aten.xlogy: lambda a: a["self"] * a["other"].log(),
+    aten.special_xlogy: lambda a: a["self"] * a["other"].log(),
+    aten._weight_int8pack_mm: lambda a: (
+        a["self"] @ (a["mat2"].to(a["self"].dtype) * a["scales"][:, None]).t()
+    ),
+    aten._weight_int4pack_mm: _unpacked,
+    aten._weight_int4pack_mm_for_cpu: _unpacked,
     aten.logaddexp: lambda a: _log_sum_exp(
         {"self": torch.stack(_broadcast(a["self"], a["other"]), -1), "dim": -1}
     ),

@@ -39,6 +39,7 @@ __all__ = [
     "Rule",
     "Slot",
     "find_rule",
+    "has_rule",
     "register_rule",
     "reshapes",
 ]
@@ -105,7 +106,8 @@ _add(
 _add(
     Copy(),
     "clone contiguous to _to_copy alias detach lift_fresh lift_fresh_copy type_as "
-    "alias_copy view_copy positive real _to_dense feature_dropout_identity",
+    "alias_copy view_copy positive real resolve_conj resolve_neg _to_dense "
+    "feature_dropout_identity",
 )
 _add(Dropout(), "dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout")
 _add(
@@ -122,7 +124,8 @@ _add(
     "_prelu_kernel softmax log_softmax _softmax _log_softmax "
     "_safe_softmax exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square pow abs sin cos tan "
     "asin acos atan sinh cosh asinh acosh atanh erf erfc reciprocal sign floor ceil round trunc "
-    "frac logit softmin softsign nan_to_num sinc float_power",
+    "frac logit softmin softsign nan_to_num sinc float_power remainder fmod erfinv lgamma "
+    "special_entr special_erfcx special_ndtr special_log_ndtr",
 )
 _add(
     PassThrough("input"),
@@ -178,6 +181,13 @@ def register_rule(op: Any, rule: Rule) -> None:
     if not isinstance(rule, Rule):
         raise TypeError(f"register_rule needs an instance of Rule, not {rule!r}.")
     _CUSTOM[op] = rule
+
+
+def has_rule(target: Any) -> bool:
+    """Whether there is a rule for calls of an op, though perhaps not for every one."""
+    packet = getattr(target, "overloadpacket", None)
+    known = packet is not None and target.namespace == "aten" and packet.__name__ in _TABLE
+    return known or target in _CUSTOM or packet in _CUSTOM
 
 
 def find_rule(call: Call) -> Rule | None:

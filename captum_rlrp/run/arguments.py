@@ -30,6 +30,8 @@ def signature(value: Any, batch: int) -> Hashable:
                 f"An argument is a {kind} tensor, which has no place for relevance at every "
                 "element; pass a dense one (x.to_dense(), torch.nested.to_padded_tensor)."
             )
+        if value.is_meta:
+            raise InputError("An argument is on the meta device, where tensors have no values.")
         batched = value.dim() > 0 and value.shape[0] == batch
         shape = value.shape[1:] if batched else value.shape
         return (batched, tuple(shape), value.dtype, value.device)

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from ..errors import CaptureError, InputError
+from ..errors import CaptureError, InputError, RelativeLRPError
 from ..graph.active import is_number
 from ..graph.capture import (
     CapturedGraph,
+    OpenCapture,
     capture,
     carries_batch,
     check_eval_mode,
@@ -32,7 +33,9 @@ from ..kernels import reference
 from ..plan.fusion import fuse
 from ..plan.portions import find_portion
 from ..plan.steps import Plan, plan
+from ..rules import has_rule
 from .arguments import Batched, device_of, guesses, has_edges, take
+from .open_sizes import OpenSizes
 from .program import Program
 from .trial import Trial
 
@@ -112,6 +115,7 @@ class Capturing:
     fuses: bool
     kernels: ModuleType
     allow_random: bool
+    _open_sizes: OpenSizes
     _memory: AbstractContextManager[Any]
 
     def _holds_for(self, found: Captured, args: Sequence[Any], batch: int, form: Form) -> bool:
@@ -121,6 +125,21 @@ class Capturing:
         return self.allow_random or Trial(self.model, form, args).tells_apart(batch, found.batched)
 
     def _capture(
+        self,
+        args: Sequence[Any],
+        explained: int,
+        batch: int,
+        wanted: WantedFunction | None,
+        form: Form,
+    ) -> Captured:
+        try:
+            return self._captured_anew(args, explained, batch, wanted, form)
+        except RelativeLRPError:
+            if not self._open_sizes.refuse():
+                raise
+            return self._captured_anew(args, explained, batch, wanted, form)
+
+    def _captured_anew(
         self,
         args: Sequence[Any],
         explained: int,
@@ -184,7 +203,8 @@ class Capturing:
         failed: CaptureError | None = None
         for batched in apart or [likely]:
             try:
-                graph = self._traced(args, batch, form, batched)
+                graph = self._opened(trial, batch, form, batched)
+                graph = graph or self._traced(args, batch, form, batched)
             except CaptureError as error:
                 failed = failed or error
                 continue
@@ -229,7 +249,23 @@ class Capturing:
         self, args: Sequence[Any], batch: int | None, form: Form, batched: Batched | None = None
     ) -> CapturedGraph:
         layers = self._layers()
-        return capture(self.model, args, batch, layers, form, batched, self.allow_random)
+        random = self.allow_random
+        return capture(self.model, args, batch, layers, form, batched, random, has_rule)
+
+    def _opened(
+        self, trial: Trial, batch: int, form: Form, batched: Batched
+    ) -> CapturedGraph | None:
+        """The graph, of a capture that leaves open which sizes change from call to call."""
+        layers = self._layers()
+        autocast = torch.is_autocast_enabled(device_of(trial.args))
+        key = (form, autocast, *map(id, layers))
+        rest = self.allow_random, has_rule
+
+        def capture(sizes: set[int]) -> OpenCapture:
+            return OpenCapture(self.model, trial.args, batch, layers, form, batched, sizes, *rest)
+
+        after = trial.root.model
+        return self._open_sizes.graph(self.model, after, key, trial.args, batched, capture)
 
     def _only(self, args: Sequence[Any], batch: int, form: Form) -> CapturedGraph:
         """The graph for a batch of exactly this size, seen as one sample."""

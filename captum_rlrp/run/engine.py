@@ -24,11 +24,12 @@ from ..graph.tokens import at_numbers
 from ..plan.portions import divide
 from .arguments import device_of, signature, take
 from .capturing import Captured, Capturing, WantedFunction, no_autocast
+from .open_sizes import OpenSizes
 from .program import Result
 from .recording import Begin, Outcome, Recordings, Task
 from .wide import run_wide, unsound
 
-_CACHED_PROGRAMS = 32
+_CACHED_PROGRAMS = 128
 
 # Relevance at the output and, where it is one-hot along dimension 1, the column of each sample.
 Start = tuple[Tensor, Tensor | None]
@@ -75,12 +76,13 @@ class Engine(Capturing):
         self.kernels = kernels
         self._memory = kernels.working_memory()
         self._cache: OrderedDict[Hashable, Captured] = OrderedDict()
+        self._open_sizes = OpenSizes()
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to this process: a copy captures anew."""
         state = dict(self.__dict__)
-        for name in ("_memory", "_cache", "_lock"):
+        for name in ("_memory", "_cache", "_lock", "_open_sizes"):
             del state[name]
         state["kernels"] = self.kernels.__name__
         state["recordings"] = self.recordings is not None
@@ -92,6 +94,7 @@ class Engine(Capturing):
         self.recordings = Recordings() if state["recordings"] else None
         self._memory = self.kernels.working_memory()
         self._cache = OrderedDict()
+        self._open_sizes = OpenSizes()
         self._lock = threading.Lock()
 
     def explain(
@@ -181,12 +184,14 @@ class Engine(Capturing):
         form: Form,
     ) -> tuple[Captured, dict[Node, Tensor]]:
         """The program and the model's parameters."""
-        autocast = torch.is_autocast_enabled(device_of(args))
-        name: Hashable = (key, explained, form, autocast, signature(list(args), batch))
+        kinds = signature(list(args), batch)
+        name: Hashable = (key, explained, form, torch.is_autocast_enabled(device_of(args)), kinds)
         with self._lock:
             found = self._cache.get(name)
             if found is not None and not found.admits(batch):
-                if found.only == 1 and self._holds_for(found, args, batch, form):
+                with CAPTURING:
+                    holds = found.only == 1 and self._holds_for(found, args, batch, form)
+                if holds:
                     found = self._cache[name] = replace(found, only=None)
                 else:
                     name = (name, batch)

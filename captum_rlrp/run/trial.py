@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CaptureError, InputError, RelativeLRPError
+from ..graph.export import plain_transformers
 from ..graph.form import Form
 from ..graph.twins import twin
 from .arguments import Batched, shapes_of, take
@@ -46,7 +47,8 @@ class Trial:
                 for device in devices:
                     with torch.cuda.device(device):
                         torch.cuda.manual_seed(seed)
-                output: Tensor = self.root(*args)
+                with plain_transformers():
+                    output: Tensor = self.root(*args)
         except (RelativeLRPError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
