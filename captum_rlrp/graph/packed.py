@@ -46,7 +46,7 @@ class RecurrentLayers(TorchFunctionMode):
         if name in _LAYERS and isinstance(args[1], _Lengths):
             return _run(name, *args)
         if name in _LAYERS and isinstance(args[-1], bool) and args[0].shape[args[-1]]:
-            return _as_one_call(name, func, *args)
+            return _layer_by_layer(name, func, *args)
         return func(*args, **kwargs)
 
 
@@ -132,7 +132,7 @@ class _NoCells:
         return self.__getattr__("item")
 
 
-def _as_one_call(
+def _layer_by_layer(
     name: str,
     func: Callable[..., Any],
     data: Tensor,
@@ -145,17 +145,28 @@ def _as_one_call(
     bidirectional: bool,
     batch_first: bool,
 ) -> tuple[Any, ...]:
-    """A layer that export is not to take apart step by step."""
+    """A stack of layers, each one call."""
     if dropout and train and layers > 1:  # random: left as it is, to be refused by name
         return func(
             data, state, weights, has_biases, layers, dropout, train, bidirectional, batch_first
         )
     states = list(state) if name == "lstm" else [state]
-    return tuple(
-        recurrent_layer(
-            name, data, states, list(weights), has_biases, layers, bidirectional, batch_first
-        )
-    )
+    directions = 2 if bidirectional else 1
+    size = len(weights) // layers
+    data = data.transpose(0, 1) if batch_first else data
+    hidden: list[Tensor] = []
+    cells: list[Tensor] = []
+    for i in range(layers):
+        start = [s[i * directions : (i + 1) * directions] for s in states]
+        own = list(weights[i * size : (i + 1) * size])
+        if name == "lstm":
+            cells.append(recurrent_layer(name, data, start, own, has_biases, True))
+        data = recurrent_layer(name, data, start, own, has_biases, False)
+        first, last = data[-1], data[0]
+        hidden += [first] if directions == 1 else [first.chunk(2, -1)[0], last.chunk(2, -1)[1]]
+    data = data.transpose(0, 1) if batch_first else data
+    ends = [torch.stack(hidden), *([torch.cat(cells)] if cells else [])]
+    return (data, *ends)
 
 
 def _pad(
@@ -193,9 +204,9 @@ def _run(
         for direction in range(directions):
             at = i * directions + direction
             start = [s[at : at + 1] for s in (state if name == "lstm" else [state])]
-            own = weights[at * size : (at + 1) * size]
+            own = list(weights[at * size : (at + 1) * size])
             read = _at(data, lengths.backward) if direction else data
-            output = recurrent_layer(name, read, start, own, has_biases, 1, False, False)[0]
+            output = recurrent_layer(name, read, start, own, has_biases, False)
             last.append(_at(output, (lengths.lengths - 1)[None]))
             outputs.append(_at(output, lengths.backward) if direction else output)
         data = torch.cat(outputs, -1) if bidirectional else outputs[0]

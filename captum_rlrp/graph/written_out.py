@@ -16,7 +16,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .nodes import bind, dependents
-from .recurrent import RECURRENT, unroll
 from .spectra import has_complex, is_written_out, write_out_complex
 
 aten = torch.ops.aten
@@ -46,9 +45,7 @@ def _write_out_known(graph: Graph, inputs: Sequence[Node], nodes: Sequence[Node]
         packet = getattr(node.target, "overloadpacket", None)
         if node not in depends:
             continue
-        if node.target is RECURRENT:
-            _replace(graph, node, unroll(graph, node))
-        elif packet is aten.embedding_bag:
+        if packet is aten.embedding_bag:
             rows = _rows_of_bags(node)
             if rows is not None:
                 _replace(graph, node, _traced(graph, node, _embedding_bag, {"indices": rows}))

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..graph.recurrent import RECURRENT
 from .attention import ScaledDotProductAttention
 from .base import Call, Rule, Slot
 from .choice import Chosen, Clamp, Extremum, Maximum, Where
@@ -18,6 +19,7 @@ from .pass_ import Like, Pass
 from .passthrough import InstanceNorm, PassThrough
 from .pooling import AdaptiveAvgPool, AvgPool, MaxPool, Reduction, Trapezoid
 from .product import GatedLinearUnit, Product, Scale
+from .recurrent import Recurrent
 from .shape import (
     Copy,
     Difference,
@@ -158,7 +160,7 @@ _add(
 )
 _add(Overwrite(), "copy")
 
-_CUSTOM: dict[Any, Rule] = {}
+_CUSTOM: dict[Any, Rule] = {RECURRENT: Recurrent()}
 
 
 def register_rule(op: Any, rule: Rule) -> None:

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
 from .base import Call, Rule, Slot
 from .dense import MatrixProduct
 from .linear import LinearRule
+
+if TYPE_CHECKING:
+    from .pass_ import Pass
+
+_LARGEST = 2**25  # weights that are made at once
 
 
 class _Weighted(LinearRule):
@@ -21,6 +31,37 @@ class _Weighted(LinearRule):
     def one_to_one(self, call: Call) -> bool:
         """Whether there is a single token to attend to, with weight 1."""
         return bool(call.shape("value")[-2] == 1)
+
+    def shares(self, run: Pass, call: Call, x: Tensor, r: Tensor) -> Tensor:
+        """The law; the weights are made once for both products, where they are not too many."""
+        weights = _weights(run, call, r.dtype)
+        if weights is None:
+            return super().shares(run, call, x, r)
+        s, seen = run.kernels.divide(r, weights @ x.abs())
+        run.check(seen)
+        result: Tensor = run.kernels.multiply(x, weights.mT @ s)
+        return result
+
+
+def _weights(run: Pass, call: Call, dtype: torch.dtype) -> Tensor | None:
+    """``softmax(QKᵀ·scale + mask)``; None where that is too large, or heads share operands."""
+    names = ("query", "key", "value", "attn_mask")
+    q, k, v, mask = (run.value(call.args[name]) for name in names)
+    if (
+        not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]
+        or q.shape[:-1].numel() * k.shape[-2] > _LARGEST
+    ):
+        return None
+    scale = call.args.get("scale")
+    scores = (q.to(dtype) * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.to(dtype).mT
+    if call.args["is_causal"]:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is None:
+        return scores.softmax(-1)
+    masks = mask.dtype == torch.bool
+    scores = scores.masked_fill(~mask, float("-inf")) if masks else scores + mask.to(dtype)
+    # Of a row that is masked altogether the attention is 0.
+    return torch.ops.aten._safe_softmax(scores, -1)
 
 
 class ScaledDotProductAttention(MatrixProduct):

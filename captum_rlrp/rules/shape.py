@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,12 +14,44 @@ from .linear import LinearRule
 if TYPE_CHECKING:
     from .pass_ import Pass
 
+aten = torch.ops.aten
+
 
 class Move(LinearRule):
     """An op whose outputs are one element of its input each, or a constant."""
 
     def one_to_one(self, call: Call) -> bool:
         return True
+
+    def transpose(self, run: Pass, call: Call, g: Tensor, *, absolute: bool = False) -> Tensor:
+        back = _BACK.get(call.target)
+        if back is None or any(node is not self.operand(call) for node in call.nodes()):
+            return super().transpose(run, call, g, absolute=absolute)
+        return back(g, call.args, run.like(self.operand(call)).shape)
+
+
+def _into_part(take: Any) -> Callable[..., Tensor]:
+    """What a part of a value came from: zeros around it."""
+
+    def back(g: Tensor, args: dict[str, Any], shape: torch.Size) -> Tensor:
+        whole = g.new_zeros(shape)
+        take(whole, *(v for name, v in args.items() if name != "self")).copy_(g)
+        return whole
+
+    return back
+
+
+# The commonest of them; automatic differentiation finds the others.
+_BACK: dict[Any, Callable[[Tensor, dict[str, Any], torch.Size], Tensor]] = {
+    aten.permute.default: lambda g, args, _: g.permute(
+        [[d % g.dim() for d in args["dims"]].index(d) for d in range(g.dim())]
+    ),
+    aten.transpose.int: lambda g, args, _: g.transpose(args["dim0"], args["dim1"]),
+    aten.t.default: lambda g, args, _: g.t(),
+    aten.expand.default: lambda g, args, shape: g.sum_to_size(shape),
+    aten.select.int: _into_part(aten.select.int),
+    aten.slice.Tensor: _into_part(aten.slice.Tensor),
+}
 
 
 class Reshape(Move):
