@@ -78,20 +78,25 @@ def multiply(x: Tensor, g: Tensor, *, absolute: bool = False) -> Tensor:
 
 def linear_relevance(x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`captum_rlrp.kernels.reference.linear_relevance`."""
-    s, seen = divide(r, _product(x.abs(), weight.abs()))
+    rows = x.abs().flatten(0, -2) if x.dim() > 1 else x.abs().unsqueeze(0)
+    if convolution.divides_rows(rows, weight) and r.dtype == torch.float32:
+        quotients, seen = convolution.divide_rows(r.reshape(len(rows), -1), rows, weight)
+        s = quotients.view(r.shape)
+    else:
+        s, seen = divide(r, _product(x.abs(), weight.abs()))
     return multiply(x, linear(s, weight)), seen
 
 
 def conv_relevance(x: Tensor, weight: Tensor, r: Tensor, window: Window) -> tuple[Tensor, Tensor]:
     """See :func:`captum_rlrp.kernels.reference.conv_relevance`."""
     filters = convolution.Filters(weight, None, None, window.stride, window.padding)
-    is_direct = convolution.is_direct(x, weight, window) and r.dtype == torch.float32
-    if is_direct:
+    is_ours = convolution.has_law(x, weight, window) and r.dtype == torch.float32
+    if is_ours:
         s, seen = convolution.divide(r, x, filters)
         if not convolution.has_few_channels(weight):
             return convolution.product(x, s, filters), seen
     weight = weight.abs()
-    if not is_direct:
+    if not is_ours:
         s, seen = divide(r, _convolve(x, weight, window))
     return multiply(x, conv(s, weight, x.shape, window)), seen
 
