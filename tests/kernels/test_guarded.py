@@ -116,8 +116,10 @@ def test_taps_that_none_of_the_filters_has():
 
 @pytest.mark.parametrize(
     ("of_x", "of_weight"),
-    [(1e-36, 1e8), (1e-30, 1e-6), (1e-25, 1e-10), (1e-10, 1e-8), (1e10, 1e-30), (1e30, 1e4)]
-    + [(1e30, 1e-30), (1e36, 1.0), (1e37, 1e-10), (1.0, 1e-33), (1.0, 1e33), (1e-10, 1e37)],
+    [
+        *((1e-36, 1e8), (1e-30, 1e-6), (1e-25, 1e-10), (1e-10, 1e-8), (1e10, 1e-30), (1e30, 1e4)),
+        *((1e30, 1e-30), (1e36, 1.0), (1e37, 1e-10), (1.0, 1e-33), (1.0, 1e33), (1e-10, 1e37)),
+    ],
 )
 def test_large_and_small_numbers(of_x, of_weight):
     """Also such that overflow on the way, or lose digits."""
