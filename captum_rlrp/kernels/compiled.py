@@ -89,6 +89,15 @@ def linear_relevance(x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tens
 
 def conv_relevance(x: Tensor, weight: Tensor, r: Tensor, window: Window) -> tuple[Tensor, Tensor]:
     """See :func:`captum_rlrp.kernels.reference.conv_relevance`."""
+    if _leaves_out_pixels(weight, window):
+        read = reference.every(window.stride)
+        inputs = x[read].contiguous(memory_format=reference.memory_format(x))
+        part, seen = conv_relevance(
+            inputs, weight, r, window._replace(stride=[1] * len(window.stride))
+        )
+        result = torch.zeros_like(x)
+        result[read] = part
+        return result, seen
     filters = convolution.Filters(weight, None, None, window.stride, window.padding)
     is_ours = convolution.has_law(x, weight, window) and r.dtype == torch.float32
     if is_ours:
@@ -99,6 +108,16 @@ def conv_relevance(x: Tensor, weight: Tensor, r: Tensor, window: Window) -> tupl
     if not is_ours:
         s, seen = divide(r, _convolve(x, weight, window))
     return multiply(x, conv(s, weight, x.shape, window)), seen
+
+
+def _leaves_out_pixels(weight: Tensor, window: Window) -> bool:
+    """Whether filters of 1×1 go over every second pixel or so, and thus over an image of those."""
+    return (
+        prod(weight.shape[2:]) == 1
+        and max(window.stride) > 1
+        and not any(window.padding)
+        and not window.transposed
+    )
 
 
 def split(a: Tensor, b: Tensor, r: Tensor, *, from_sum: bool = False) -> tuple[Tensor, Tensor]:
