@@ -78,22 +78,46 @@ def multiply(x: Tensor, g: Tensor, *, absolute: bool = False) -> Tensor:
 
 def linear_relevance(x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`captum_rlrp.kernels.reference.linear_relevance`."""
-    s, seen = divide(r, _product(x.abs(), weight.abs()))
+    rows = x.abs().flatten(0, -2) if x.dim() > 1 else x.abs().unsqueeze(0)
+    if convolution.divides_rows(rows, weight) and r.dtype == torch.float32:
+        quotients, seen = convolution.divide_rows(r.reshape(len(rows), -1), rows, weight)
+        s = quotients.view(r.shape)
+    else:
+        s, seen = divide(r, _product(x.abs(), weight.abs()))
     return multiply(x, linear(s, weight)), seen
 
 
 def conv_relevance(x: Tensor, weight: Tensor, r: Tensor, window: Window) -> tuple[Tensor, Tensor]:
     """See :func:`captum_rlrp.kernels.reference.conv_relevance`."""
+    if _leaves_out_pixels(weight, window):
+        read = reference.every(window.stride)
+        inputs = x[read].contiguous(memory_format=reference.memory_format(x))
+        part, seen = conv_relevance(
+            inputs, weight, r, window._replace(stride=[1] * len(window.stride))
+        )
+        result = torch.zeros_like(x)
+        result[read] = part
+        return result, seen
     filters = convolution.Filters(weight, None, None, window.stride, window.padding)
-    is_direct = convolution.is_direct(x, weight, window) and r.dtype == torch.float32
-    if is_direct:
+    is_ours = convolution.has_law(x, weight, window) and r.dtype == torch.float32
+    if is_ours:
         s, seen = convolution.divide(r, x, filters)
         if not convolution.has_few_channels(weight):
             return convolution.product(x, s, filters), seen
     weight = weight.abs()
-    if not is_direct:
+    if not is_ours:
         s, seen = divide(r, _convolve(x, weight, window))
     return multiply(x, conv(s, weight, x.shape, window)), seen
+
+
+def _leaves_out_pixels(weight: Tensor, window: Window) -> bool:
+    """Whether filters of 1×1 go over every second pixel or so, and thus over an image of those."""
+    return (
+        prod(weight.shape[2:]) == 1
+        and max(window.stride) > 1
+        and not any(window.padding)
+        and not window.transposed
+    )
 
 
 def split(a: Tensor, b: Tensor, r: Tensor, *, from_sum: bool = False) -> tuple[Tensor, Tensor]:

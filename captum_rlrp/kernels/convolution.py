@@ -1,9 +1,10 @@
 """Our own convolutions, with what follows applied.
 
 The model's forward goes by Winograd's algorithms where filters have several taps, in fewer
-multiplications. The law goes by direct convolutions: Winograd's mix neighbouring pixels, and lose
-what is small beside them, by which it divides. float32 on the CPU, channels in multiples of 32, or
-forward few of the input; :func:`suits`, :func:`pays` and :func:`is_direct` tell.
+multiplications. They mix neighbouring pixels, and lose what is small beside them, by which the law
+divides: so its convolutions of 3×3 find such pixels, and leave them to a direct convolution, by
+which all others go. float32 on the CPU, channels in multiples of 32, or forward few of the input;
+:func:`suits`, :func:`pays` and :func:`has_law` tell.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def pays(x: Operand, weight: Tensor) -> bool:
     return max(weight.shape[2:]) > 1 or x.shape[0] * math.prod(x.shape[2:]) > _FEW_PIXELS
 
 
-def is_direct(x: Operand, weight: Tensor, window: reference.Window) -> bool:
+def has_law(x: Operand, weight: Tensor, window: reference.Window) -> bool:
     """Whether :func:`divide` covers the two; and :func:`product`, but for a few input channels."""
     stride, padding, dilation = window[:3]
     return (
@@ -103,6 +104,19 @@ def is_direct(x: Operand, weight: Tensor, window: reference.Window) -> bool:
         and len(x.shape) == weight.dim() in (3, 4)
         and all(p < k for p, k in zip(padding, weight.shape[2:], strict=True))
         and all(s <= k < _MOST_TAPS for s, k in zip(stride, weight.shape[2:], strict=True))
+    )
+
+
+def divides_rows(rows: Operand, weight: Tensor) -> bool:
+    """Whether :func:`divide_rows` covers the two."""
+    return (
+        _IS_FAST
+        and len(rows.shape) == weight.dim() == 2
+        and rows.device.type == "cpu"
+        and rows.dtype == weight.dtype == torch.float32
+        and 0 not in rows.shape
+        and weight.numel() > 0
+        and all(size % _MULTIPLE == 0 for size in weight.shape)
     )
 
 
@@ -163,10 +177,20 @@ def forward(
 
 
 def divide(r: Tensor, x: Tensor, filters: Filters) -> tuple[Tensor, Tensor]:
-    """``s = r / (|weight| ∗ x)`` with 0/0 = 0, for x ≥ 0; and each sample's ``Σ |s|``."""
+    """``s = r / (|weight| ∗ x)`` with 0/0 = 0, for x ≥ 0; and what tells whether all was finite.
+
+    That is of each sample at least ``Σ |s|``, and at most twice that.
+    """
     weight, _, _, stride, padding = filters.as_image()
     s, total = ops.convolution_divide.default(_as_image(r), _as_image(x), weight, stride, padding)
     return s if x.dim() == 4 else s.squeeze(2), total
+
+
+def divide_rows(r: Tensor, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``s = r / (rows |weight|ᵀ)``, as :func:`divide`: a matrix of magnitudes is never made."""
+    filters = Filters(weight[..., None, None], None, None, [1, 1], [0, 0])
+    s, total = divide(r[..., None, None], rows[..., None, None], filters)
+    return s[..., 0, 0], total
 
 
 def product(x: Tensor, s: Tensor, filters: Filters) -> Tensor:

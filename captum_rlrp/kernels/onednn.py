@@ -35,7 +35,7 @@ _AVAILABLE = (
     and hasattr(ops, "_linear_pointwise")
 )
 _FEW_PRODUCTS = 2**20  # below which a call of oneDNN takes longer than ATen's whole product
-_FEW_ROWS = 4096  # up to which a matrix product is faster than a convolution of 1×1
+_FEW_ROWS = 4096  # up to which, forward, a matrix product is faster than a convolution of 1×1
 
 Activation = tuple[str, list[float]]
 NONE: Activation = ("none", [])
@@ -108,7 +108,8 @@ def convolution(
         # Of 1×1, over the pixels that it reads only.
         x = x[reference.every(stride)].contiguous(memory_format=reference.memory_format(x))
         stride = [1] * len(stride)
-    if other is None and is_product(x, weight, stride, padding, groups):
+    has_few_rows = x.numel() <= _FEW_ROWS * x.shape[1]
+    if other is None and has_few_rows and is_product(x, weight, stride, padding, groups):
         return product(x, weight, bias, activation)
     if other is None:
         geometry, small = (padding, stride, dilation, groups), dwarfs(weight, x)
@@ -149,14 +150,13 @@ def contiguous(image: Tensor) -> Tensor:
 def is_product(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int
 ) -> bool:
-    """Whether a convolution, or its input gradient, is faster as the matrix product that it is."""
+    """Whether a convolution, and its input gradient, is a matrix product of what lies in rows."""
     return (
         weight.dim() == 4
         and weight.shape[2] == weight.shape[3] == 1
         and groups == 1
         and not any(padding)
         and all(s == 1 for s in stride)
-        and x.numel() <= _FEW_ROWS * x.shape[1]
         and x.is_contiguous(memory_format=torch.channels_last)
     )
 

@@ -1,6 +1,8 @@
 // What the schemes of convolution.cpp share: a convolution, its patches, where terms lie, what follows sums.
 #pragma once
 
+#include <vector>
+
 #include "simd.h"
 #include "tensor.h"
 
@@ -62,7 +64,7 @@ struct Convolution {
   const float *x, *bias, *other;
   float* y;
   bool relu;
-  bool direct;   // by no scheme that mixes inputs which an output does not meet
+  bool exact;    // no output may be rounded by inputs that it does not meet
   bool streams;  // y past the caches, which it would only empty
   const float* times;     // what y is multiplied by
   const float* dividend;  // what is divided by y; 0/0 = 0
@@ -75,20 +77,35 @@ struct Convolution {
   }
 };
 
-// How images are cut into patches, each of `size` outputs.
+// How images are cut into patches, each of `size` outputs; or single outputs, listed.
 struct Grid {
   int64_t size[2], down, along;
+  const std::vector<Place>* listed = nullptr;
 
   Grid(const Convolution& conv, const int64_t (&size)[2])
       : size{size[0], size[1]},
         down(ceil_div(conv.out.size[0], size[0])),
         along(ceil_div(conv.out.size[1], size[1])) {}
+  explicit Grid(const std::vector<Place>& places) : size{1, 1}, down(0), along(0), listed(&places) {}
 
-  int64_t count(int64_t batch) const { return batch * down * along; }
+  int64_t count(int64_t batch) const { return listed ? listed->size() : batch * down * along; }
   Place place(int64_t patch) const {
+    if (listed) return (*listed)[patch];
     const int64_t row = patch / along;
     return {row / down, row % down * size[0], patch % along * size[1]};
   }
+  // Calls f with each patch of some, counted from the first, and its place.
+  template <class F>
+  RLRP_INLINE void each(int64_t first, int64_t last, const F& f) const {
+    if (first == last) return;
+    Place at = place(first);
+    for (int64_t k = 0; k < last - first; ++k) {
+      f(k, at);
+      if (first + k + 1 < last) at = listed ? place(first + k + 1) : next(at);
+    }
+  }
+
+ private:
   // That of the patch behind, by no division.
   Place next(Place at) const {
     at.w += size[1];
@@ -112,7 +129,8 @@ struct Work {
   Grid grid;
   Range range;
   const float *filters, *zeros;
-  float* sums;  // of each patch
+  float* sums;       // of each patch
+  uint16_t* failed;  // of each patch: a bit for every output that is yet to be computed
 };
 
 // Where each term of patches, filters and products begins, and how many numbers a patch has of it.
@@ -181,6 +199,15 @@ RLRP_INLINE inline void multiply(int64_t first, int64_t last, const At& at, cons
   }
 }
 
+template <int kLanes>
+RLRP_INLINE inline void write(const Convolution& conv, int64_t offset, const Vector<kLanes>& y) {
+  if (conv.streams) {
+    simd::stream<kLanes>(conv.y + offset, y);
+  } else {
+    store<kLanes>(conv.y + offset, y);
+  }
+}
+
 // What becomes of some channels of an output: offset says where they lie. Adds to the output's sum.
 template <int kLanes>
 RLRP_INLINE inline void put(const Convolution& conv, int64_t offset, const Vector<kLanes>& output,
@@ -197,11 +224,7 @@ RLRP_INLINE inline void put(const Convolution& conv, int64_t offset, const Vecto
     sum += y;
   }
   if (conv.relu) y = y < 0 ? Vector<kLanes>{} : y;
-  if (conv.streams) {
-    simd::stream<kLanes>(conv.y + offset, y);
-  } else {
-    store<kLanes>(conv.y + offset, y);
-  }
+  write<kLanes>(conv, offset, y);
 }
 
 template <int kLanes>
@@ -213,8 +236,11 @@ RLRP_INLINE inline float total(const Vector<kLanes>& lanes) {
 
 // The outputs, kSide × kSide, of a patch from its row of each plane, of kReach × kReach terms; returns their sum.
 template <int kLanes, int kReach, int kSide, class Finish>
-RLRP_INLINE inline float finish_both(const Convolution& conv, int64_t plane, const Range& range, const Place& at,
-                                     const float* rows, const Finish& finish_terms) {
+RLRP_INLINE inline float finish_both(const Work& work, int64_t plane, int64_t patch, const float* rows,
+                                     const Finish& finish_terms) {
+  const Convolution& conv = work.conv;
+  const Range& range = work.range;
+  const Place at = work.grid.place(patch);
   const int64_t start = conv.out.offset(at.n, at.h, at.w) + range.first;
   Vector<kLanes> sum{};
   for (int64_t c = 0; c < range.count; c += kLanes) {

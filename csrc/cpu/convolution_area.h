@@ -58,14 +58,16 @@ struct Area {
   }
 
   template <int kLanes>
-  RLRP_INLINE void transform_patch(const Convolution& conv, const Planes<kTerms>& planes, const Place& at,
-                                   const float* zeros, int64_t row, float* result) const {
+  RLRP_INLINE void transform_patch(const Work& work, const Planes<kTerms>& planes, int64_t patch, int64_t row,
+                                   float* result) const {
+    const Convolution& conv = work.conv;
+    const Place at = work.grid.place(patch);
     each_pair(conv, 1, [&](auto taps_down, auto taps_along, const Pair& pair) RLRP_INLINE {
       constexpr int a = taps_down, b = taps_along;
       const float* pixel[a + 1][b + 1];
       for (int i = 0; i <= a; ++i) {
         for (int j = 0; j <= b; ++j) {
-          pixel[i][j] = conv.pixel(at, pair.h + i * down.stride, pair.w + j * along.stride, zeros);
+          pixel[i][j] = conv.pixel(at, pair.h + i * down.stride, pair.w + j * along.stride, work.zeros);
         }
       }
       float* to[kTerms];
@@ -98,11 +100,10 @@ struct Area {
   }
 
   template <int kLanes>
-  RLRP_INLINE float finish_patch(const Convolution& conv, const Planes<kTerms>& planes, const Range& range,
-                                 const Place& at, const float* rows) const {
+  RLRP_INLINE float finish_patch(const Work& work, const Planes<kTerms>& planes, int64_t patch,
+                                 const float* rows) const {
     return finish_both<kLanes, kAxisTerms, 2>(
-        conv, planes.products, range, at, rows,
-        [](const auto& m, auto& y) RLRP_INLINE { finish_terms(m, y); });
+        work, planes.products, patch, rows, [](const auto& m, auto& y) RLRP_INLINE { finish_terms(m, y); });
   }
 
  private:

@@ -60,8 +60,7 @@ RLRP_INLINE inline void convolve(const Work& work, const Direct& direct, const P
   Pixels<kLanes> pixels;
   const Convolution& conv = work.conv;
   const int64_t width = conv.kernel[1] * conv.in.channels;
-  Place at = work.grid.place(first);
-  for (int64_t k = 0; k < last - first; ++k, at = work.grid.next(at)) {
+  work.grid.each(first, last, [&](int64_t k, const Place& at) RLRP_INLINE {
     if (direct.is_inside(conv, at)) {
       pixels.add(k, conv, at, conv.pixel(at, 0, 0, work.zeros), conv.in.step[0]);
     } else {
@@ -69,7 +68,7 @@ RLRP_INLINE inline void convolve(const Work& work, const Direct& direct, const P
       direct.lay_out(conv, at, work.zeros, row);
       pixels.add(k, conv, at, row, width);
     }
-  }
+  });
   multiply_block<kLanes>(work, pixels, first, last - first, {conv.kernel[0], width, 0});
 }
 

@@ -53,8 +53,11 @@ struct Line {
 
   // A patch, transformed, into row number `row` of each plane.
   template <int kLanes>
-  RLRP_INLINE void transform_patch(const Convolution& conv, const Planes<kTerms>& planes, const Place& at,
-                                   const float* zeros, int64_t row, float* result) const {
+  RLRP_INLINE void transform_patch(const Work& work, const Planes<kTerms>& planes, int64_t patch, int64_t row,
+                                   float* result) const {
+    const Convolution& conv = work.conv;
+    const Place at = work.grid.place(patch);
+    const float* zeros = work.zeros;
     float* to[kTerms];
     for (int t = 0; t < kTerms; ++t) to[t] = result + planes.patches[t] + row * planes.depth[t];
     for (const Axis::Group& group : along.groups) {
@@ -79,8 +82,11 @@ struct Line {
 
   // The outputs of a patch from its row of each plane; returns their sum.
   template <int kLanes>
-  RLRP_INLINE float finish_patch(const Convolution& conv, const Planes<kTerms>& planes, const Range& range,
-                                 const Place& at, const float* rows) const {
+  RLRP_INLINE float finish_patch(const Work& work, const Planes<kTerms>& planes, int64_t patch,
+                                 const float* rows) const {
+    const Convolution& conv = work.conv;
+    const Range& range = work.range;
+    const Place at = work.grid.place(patch);
     const int64_t start = conv.out.offset(at.n, at.h, at.w) + range.first, next = conv.out.step[axis];
     const bool has_next = (axis ? at.w : at.h) + 1 < conv.out.size[axis];
     Vector<kLanes> sum{};

@@ -157,15 +157,14 @@ RLRP_INLINE inline void convolve(const Work& work, const Point&, const Planes<Po
   const int64_t count = last - first, in = conv.in.channels;
   const bool crowded = in % kCrowd == 0;
   const bool dense = conv.in.step[1] == in && conv.stride[0] == 1 && conv.stride[1] == 1;
-  Place at = work.grid.place(first);
-  for (int64_t k = 0; k < count; ++k, at = work.grid.next(at)) {
+  work.grid.each(first, last, [&](int64_t k, const Place& at) RLRP_INLINE {
     const float* pixel = conv.pixel(at, 0, 0, work.zeros);
     if (crowded) {
       float* apart = buffer + k * (in + Point::kGap);
       pixel = std::copy_n(pixel, in, apart) - in;
     }
     pixels.add(k, conv, at, pixel, 0);
-  }
+  });
   multiply_block<kLanes>(work, pixels, first, count, {1, in, dense && !crowded ? kBlock * in : 0});
 }
 

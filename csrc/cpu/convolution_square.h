@@ -31,50 +31,73 @@ struct Square {
   template <int kLanes>
   RLRP_INLINE void transform_filters(const Convolution& conv, const Planes<kTerms>& planes, const Range& range,
                                      int64_t first, int64_t last, float* result) const {
+    each_filter<kLanes>(conv, range, first, last, result, [&](const auto& taps, float* to) RLRP_INLINE {
+      transform_filter<kLanes>(taps, planes, to);
+    });
+  }
+
+  template <int kLanes>
+  RLRP_INLINE void transform_patch(const Work& work, const Planes<kTerms>& planes, int64_t patch, int64_t row,
+                                   float* result) const {
+    const Patch pixels(work.conv, work.grid.place(patch), work.zeros);
+    const int64_t depth = work.conv.in.channels;
+    for (int64_t c = 0; c < depth; c += kLanes) {
+      transform_pixels<kLanes>([&](int i, int j) RLRP_INLINE { return load<kLanes>(pixels.at[i][j] + c); }, planes,
+                               result + row * depth + c);
+    }
+  }
+
+  template <int kLanes>
+  RLRP_INLINE float finish_patch(const Work& work, const Planes<kTerms>& planes, int64_t patch,
+                                 const float* rows) const {
+    return finish_both<kLanes, kReach, kSide>(
+        work, planes.products, patch, rows, [](const auto& m, auto& y) RLRP_INLINE { finish_terms(m, y); });
+  }
+
+ protected:
+  struct Patch {
+    const float* at[kReach][kReach];
+
+    // What only outputs outside of the image would meet may be anything: it repeats what lies before it.
+    Patch(const Convolution& conv, const Place& place, const float* zeros) {
+      const int64_t last_h = conv.out.size[0] - place.h + kTaps - 2, last_w = conv.out.size[1] - place.w + kTaps - 2;
+      for (int64_t i = 0; i < kReach; ++i) {
+        for (int64_t j = 0; j < kReach; ++j) at[i][j] = conv.pixel(place, min64(i, last_h), min64(j, last_w), zeros);
+      }
+    }
+  };
+
+  // Calls f with the taps of each input's filters, and where their terms go.
+  template <int kLanes, class F>
+  RLRP_INLINE static void each_filter(const Convolution& conv, const Range& range, int64_t first, int64_t last,
+                                      float* result, const F& f) {
     const int64_t depth = conv.in.channels;
     for (int64_t k = first; k < last; k += kLanes) {
       float* to = result + k / kPanel<kLanes> * kPanel<kLanes> * depth + k % kPanel<kLanes>;
       for (int64_t in = 0; in < depth; ++in, to += kPanel<kLanes>) {
-        const Taps<kLanes> taps(conv.filters, range.first + k, in);
-        transform_both<kLanes, kTaps, kReach>(
-            taps, [](const auto& w, auto& term) RLRP_INLINE { transform_taps(w, term); },
-            [&](int i, int j, const Vector<kLanes>& term) RLRP_INLINE {
-              store<kLanes>(to + planes.filters[i * kReach + j], term);
-            });
+        f(Taps<kLanes>(conv.filters, range.first + k, in), to);
       }
     }
   }
 
-  template <int kLanes>
-  RLRP_INLINE void transform_patch(const Convolution& conv, const Planes<kTerms>& planes, const Place& at,
-                                   const float* zeros, int64_t row, float* result) const {
-    const int64_t depth = conv.in.channels;
-    // What only outputs outside of the image would meet may be anything: it repeats what lies before it.
-    const int64_t last_h = conv.out.size[0] - at.h + kTaps - 2, last_w = conv.out.size[1] - at.w + kTaps - 2;
-    const float* pixel[kReach][kReach];
-    for (int64_t i = 0; i < kReach; ++i) {
-      for (int64_t j = 0; j < kReach; ++j) pixel[i][j] = conv.pixel(at, min64(i, last_h), min64(j, last_w), zeros);
-    }
-    float* to = result + row * depth;
-    for (int64_t c = 0; c < depth; c += kLanes) {
-      transform_both<kLanes, kReach, kReach>(
-          [&](int i, int j) RLRP_INLINE { return load<kLanes>(pixel[i][j] + c); },
-          [](const auto& x, auto& term) RLRP_INLINE { transform_inputs(x, term); },
-          [&](int i, int j, const Vector<kLanes>& term) RLRP_INLINE {
-            store<kLanes>(to + planes.patches[i * kReach + j] + c, term);
-          });
-    }
+  template <int kLanes, int kPlanes, class At>
+  RLRP_INLINE static void transform_filter(const At& taps, const Planes<kPlanes>& planes, float* to) {
+    transform_both<kLanes, kTaps, kReach>(
+        taps, [](const auto& w, auto& term) RLRP_INLINE { transform_taps(w, term); },
+        [&](int i, int j, const Vector<kLanes>& term) RLRP_INLINE {
+          store<kLanes>(to + planes.filters[i * kReach + j], term);
+        });
   }
 
-  template <int kLanes>
-  RLRP_INLINE float finish_patch(const Convolution& conv, const Planes<kTerms>& planes, const Range& range,
-                                 const Place& at, const float* rows) const {
-    return finish_both<kLanes, kReach, kSide>(
-        conv, planes.products, range, at, rows,
-        [](const auto& m, auto& y) RLRP_INLINE { finish_terms(m, y); });
+  template <int kLanes, int kPlanes, class At>
+  RLRP_INLINE static void transform_pixels(const At& at, const Planes<kPlanes>& planes, float* to) {
+    transform_both<kLanes, kReach, kReach>(
+        at, [](const auto& x, auto& term) RLRP_INLINE { transform_inputs(x, term); },
+        [&](int i, int j, const Vector<kLanes>& term) RLRP_INLINE {
+          store<kLanes>(to + planes.patches[i * kReach + j], term);
+        });
   }
 
- private:
   // Terms are of the points in the order above.
   template <class V>
   RLRP_INLINE static void transform_taps(const V (&w)[kTaps], V (&term)[kReach]) {

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #define RLRP_INLINE __attribute__((always_inline))
 
@@ -67,7 +68,6 @@ template <int kLanes>
 struct Lanes {
   typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
   typedef float Unaligned __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
-  typedef int Indices __attribute__((vector_size(kLanes * sizeof(int))));
 };
 template <int kLanes>
 using Vector = typename Lanes<kLanes>::Vector;
@@ -89,17 +89,16 @@ inline bool streams(const void* to) { return reinterpret_cast<uintptr_t>(to) % 6
 
 template <int kLanes>
 RLRP_INLINE inline void stream(float* to, Vector<kLanes> value) {
-  if constexpr (kLanes == 16) {
-    __builtin_ia32_movntps512(to, value);
-  } else if constexpr (kLanes == 8) {
-    __builtin_ia32_movntps256(to, value);
+  Vector<kLanes>& place = *reinterpret_cast<Vector<kLanes>*>(to);
+  if constexpr (kLanes == 4) {
+    asm volatile("movntps %1, %0" : "=m"(place) : "x"(value));
   } else {
-    __builtin_ia32_movntps(to, value);
+    asm volatile("vmovntps %1, %0" : "=m"(place) : "v"(value));
   }
 }
 
 // Has what was stored so seen by others.
-inline void end_stream() { __builtin_ia32_sfence(); }
+inline void end_stream() { asm volatile("sfence" ::: "memory"); }
 
 #else
 
@@ -123,24 +122,23 @@ RLRP_INLINE inline Vector<kLanes> hold(Vector<kLanes> value) {
   return value;
 }
 
+// Exchanges blocks of kStep lanes off the diagonal of two rows of blocks.
+template <int kLanes, int kStep, int... kLane>
+RLRP_INLINE inline void exchange(Vector<kLanes>& a, Vector<kLanes>& b, std::integer_sequence<int, kLane...>) {
+  const Vector<kLanes> upper = __builtin_shufflevector(a, b, (kLane & kStep ? kLanes + kLane - kStep : kLane)...);
+  b = __builtin_shufflevector(a, b, (kLane & kStep ? kLanes + kLane : kLane + kStep)...);
+  a = upper;
+}
+
 // As many vectors as each has lanes, as a matrix.
-template <int kLanes>
+template <int kLanes, int kStep = kLanes / 2>
 RLRP_INLINE inline void transpose(Vector<kLanes> (&rows)[kLanes]) {
-#pragma GCC unroll 4
-  for (int step = kLanes / 2; step > 0; step /= 2) {
-    typename Lanes<kLanes>::Indices upper, lower;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      upper[lane] = lane & step ? kLanes + lane - step : lane;
-      lower[lane] = lane & step ? kLanes + lane : lane + step;
-    }
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      if (i & step) continue;
-      const Vector<kLanes> a = rows[i], b = rows[i + step];
-      rows[i] = __builtin_shuffle(a, b, upper);
-      rows[i + step] = __builtin_shuffle(a, b, lower);
-    }
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kStep) continue;
+    exchange<kLanes, kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes>{});
   }
+  if constexpr (kStep > 1) transpose<kLanes, kStep / 2>(rows);
 }
 
 template <class V>

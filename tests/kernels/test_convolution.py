@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from captum_rlrp.kernels import compiled, convolution
+from captum_rlrp.kernels import compiled, convolution, reference
 from captum_rlrp.kernels.convolution import Filters
 from captum_rlrp.kernels.extension import ops
 from captum_rlrp.kernels.reference import Window
@@ -346,3 +346,21 @@ def test_the_law_of_a_covered_convolution_is_its_own(monkeypatch):
     x, weight, r = torch.rand(2, 32, 8, 8), torch.randn(64, 32, 3, 3), torch.randn(2, 64, 8, 8)
     window = Window([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
     assert compiled.conv_relevance(x, weight, r, window)[0] is made
+
+
+@pytest.mark.parametrize("size", [(9,), (9, 8), (5, 8, 7)], ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_law_of_1x1_that_leaves_out_pixels(size, groups):
+    axes = len(size)
+    window = Window([2, 3, 2][:axes], [0] * axes, [1] * axes, False, [0] * axes, groups)
+    x = rand(2, 32, *size, dtype=torch.float32).abs()
+    weight = torch.randn(64, 32 // groups, *[1] * axes)
+    y = torch.ops.aten.convolution.default(exact(x), exact(weight), None, *window)
+    r = torch.randn(y.shape)
+    result, seen = compiled.conv_relevance(x, weight, r, window)
+    expected, _ = reference.conv_relevance(exact(x), exact(weight), exact(r), window)
+    agree(result, expected, torch.float32, scale=4)
+    assert seen.isfinite().all()
+    read = reference.every(window.stride)
+    result[read] = 0
+    assert result.count_nonzero() == 0
