@@ -30,6 +30,7 @@ lint: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/run.py --families
 
 evaluate: $(VENV)/.installed-bench
 	$(BIN)/python scripts/evaluate.py
