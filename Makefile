@@ -36,6 +36,7 @@ docs: $(VENV)/.installed-docs
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/run.py --families
 
 evaluate: $(VENV)/.installed-bench
 	$(BIN)/python scripts/evaluate.py

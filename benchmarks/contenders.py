@@ -43,6 +43,56 @@ def tiny_mlp() -> nn.Module:
     return nn.Sequential(*hidden, nn.Linear(128, 10))
 
 
+def efficientnet_lite0() -> nn.Module:
+    """With static padding: as converted from TensorFlow, zeros in front of strided convolutions."""
+    import timm
+
+    model: nn.Module = timm.create_model("efficientnet_lite0")
+    for module in list(model.modules()):
+        for name, conv in module.named_children():
+            if isinstance(conv, nn.Conv2d) and conv.stride == (2, 2):
+                before = (conv.kernel_size[0] - 2) // 2
+                after = conv.kernel_size[0] - 2 - before
+                conv.padding = (0, 0)
+                padded = nn.Sequential(nn.ZeroPad2d((before, after, before, after)), conv)
+                setattr(module, name, padded)
+    return model
+
+
+def vit() -> nn.Module:
+    """Its head is initialised to zeros, of which nothing could be explained."""
+    model = models.vit_b_16()
+    nn.init.normal_(model.heads.head.weight, std=0.02)
+    return model
+
+
+class Bert(nn.Module):
+    """Six layers, on embeddings of 128 tokens."""
+
+    def __init__(self) -> None:
+        from transformers import BertConfig, BertForSequenceClassification
+
+        super().__init__()
+        self.model = BertForSequenceClassification(BertConfig(vocab_size=1000, num_hidden_layers=6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(inputs_embeds=x).logits
+        return logits
+
+
+class Lstm(nn.Module):
+    """Two layers, both ways, and a head on the last step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.LSTM(32, 64, 2, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(128, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.layers(x)[0][:, -1])
+        return y
+
+
 @dataclass(frozen=True)
 class Given:
     """Where and how all methods explain."""
@@ -83,6 +133,12 @@ SUBJECTS = {
     "vgg16": Subject("VGG16", models.vgg16, IMAGE, 1000),
     "mobilenet_v2": Subject("MobileNetV2", models.mobilenet_v2, IMAGE, 1000),
     "densenet121": Subject("DenseNet121", models.densenet121, IMAGE, 1000),
+    "efficientnet_lite0": Subject("EfficientNet-Lite0, padded", efficientnet_lite0, IMAGE, 1000),
+    "vit_b_16": Subject("ViT-B/16", vit, IMAGE, 1000),
+    "swin_t": Subject("Swin-T", models.swin_t, IMAGE, 1000),
+    "convnext_tiny": Subject("ConvNeXt-T", models.convnext_tiny, IMAGE, 1000),
+    "bert": Subject("BERT, 6 layers, 128 tokens", Bert, (128, 768), 2),
+    "lstm": Subject("LSTM, 2 layers both ways, 100 steps", Lstm, (100, 32), 5),
     "cnn_1d": Subject("1-d CNN", cnn_1d, (1, 4096), 10),
     "tiny_mlp": Subject("Tiny MLP", tiny_mlp, (64,), 10),
 }
@@ -137,7 +193,10 @@ def zennit_epsilon_plus(model: nn.Module) -> Explain:
 
 
 def floor(model: nn.Module) -> Explain:
-    """The model's convolutions and linear layers, forward and input-gradient, and nothing else."""
+    """The model's convolutions and linear layers, forward and input-gradient, and nothing else.
+
+    Only those that the model calls as modules: attention's own projections are not among them.
+    """
     plans: dict[torch.Size, list[Callable[[], None]]] = {}
 
     @torch.no_grad()

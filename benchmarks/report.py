@@ -17,7 +17,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 Figures = dict[str, Any]
 
-SECTIONS = ("models", "kernels", "breakdown")
+SECTIONS = ("models", "families", "kernels", "breakdown")
 EMPTY = "\n\n".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->" for name in SECTIONS) + "\n"
 PALETTE = ("#c1272d", "#7b1fa2", "#0b3c5d", "#e08e0b", "#6a8e3f", "#8a8a8a")
 COLORS = dict(zip(METHODS, PALETTE, strict=True))
@@ -41,6 +41,8 @@ def write(folder: Path, section: str, device: str, figures: Figures) -> None:
             parts.append(models_section(known, path.stem, picture.name))
         elif section == "kernels" and "kernels" in known:
             parts.append(kernels_section(known, path.stem.removeprefix("kernels-")))
+        elif section == "families" and "families" in known:
+            parts.append(families_section(known, path.stem.removeprefix("families-")))
         elif section == "breakdown" and "breakdown" in known:
             parts.append(breakdown_section(known, path.stem.removeprefix("breakdown-")))
     document = folder / "docs" / "benchmarks.md"
@@ -225,6 +227,28 @@ def kernels_section(figures: Figures, title: str) -> str:
         name = row["kernel"].replace("torch.", "").replace("contiguous_format", "contiguous")
         lines.append(f"| {name} | {aten:.3g} | {compiled:.3g} | {row['ratio']:.2f} |")
     return "\n".join(lines)
+
+
+# --- families -----------------------------------------------------------------------------------
+
+
+def families_section(figures: Figures, title: str) -> str:
+    """How the ratios to the yardstick are distributed, and the worst of them."""
+    rows = figures["families"]
+    known = sorted((r for r in rows if "ratio" in r), key=lambda r: -r["ratio"])
+    ratios = [r["ratio"] for r in known]
+    spread = f"median {statistics.median(ratios):.2f}, at most {ratios[0]:.2f}" if ratios else "–"
+    lines = [
+        f"### {title}: {len(rows)} families of timm, batch 2",
+        f"{circumstances(figures)}\n* ratio to {YARDSTICK}: {spread}, "
+        f"at most 1 in {sum(r <= 1 for r in ratios)}",
+    ]
+    table = ["| the slowest | model | ms | ratio | first call, s |", "|---|---|--:|--:|--:|"]
+    for r in known[:12]:
+        took = f"{r['seconds'] * 1e3:.0f} | {r['ratio']:.2f} | {r['first_s']:.1f}"
+        table.append(f"| {r['family']} | {r['model']} | {took} |")
+    failed = [f"* {r['family']}: {r['error']}" for r in rows if "error" in r]
+    return "\n\n".join([*lines, "\n".join(table), *(["\n".join(failed)] if failed else [])])
 
 
 # --- breakdown ----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
     python benchmarks/run.py --models resnet50 --batches 8
     python benchmarks/run.py --quick                    # small images, to see that it works
     python benchmarks/run.py --kernels                  # the section on kernels, and nothing else
+    python benchmarks/run.py --families                 # the smallest of each of timm's, at batch 2
 
 Time: the methods take turns in one process (A B C D A B C D …), and a ratio compares two calls of
 the same turn. Memory: each method, model and batch in a process of its own. The figures go to
@@ -326,6 +327,41 @@ def time_kernels() -> list[dict[str, Any]]:
     ]
 
 
+# --- families -----------------------------------------------------------------------------------
+
+
+def time_family(family: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The smallest timm model of a family: first call, and ours over the yardstick, in turns."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import families
+
+    row: dict[str, Any] = {"family": family, "model": families.timm_families()[family]}
+    try:
+        model, x, _ = families.timm_model(family)
+        model, target = model.eval(), torch.zeros(len(x), dtype=torch.long)
+        ours, theirs = METHODS[OURS](model), METHODS[YARDSTICK](model)
+        row["first_s"] = timed(ours, (x, target), "cpu")
+        check(theirs, (x, target))
+        rounds = max(ROUNDS, min(args.repeats, int(5 / timed(ours, (x, target), "cpu"))))
+        pairs = [[timed(e, (x, target), "cpu") for e in (ours, theirs)] for _ in range(rounds)]
+        row["seconds"] = statistics.median(mine for mine, _ in pairs)
+        row["ratio"] = statistics.median(mine / other for mine, other in pairs)
+    except Exception as error:
+        row["error"] = describe(error)
+    return row
+
+
+def time_families(args: argparse.Namespace) -> list[dict[str, Any]]:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import families
+
+    rows = []
+    for family in args.only or families.timm_families():
+        rows.append(apart(time_family, family, args))
+        say(str(rows[-1]))
+    return rows
+
+
 # --- all together -------------------------------------------------------------------------------
 
 
@@ -379,11 +415,13 @@ def parse() -> argparse.Namespace:
         "--quick", action="store_true", help="64², batches 1 and 2, one round, no memory"
     )
     parser.add_argument("--kernels", action="store_true", help="the kernels, not the models")
+    parser.add_argument("--families", action="store_true", help="timm's families, not the models")
+    parser.add_argument("--only", nargs="+", help="of the families, these")
     parser.add_argument("--out", type=Path, help="the folder that holds docs and benchmarks")
     parser.add_argument("--alone", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     part = (args.quick, args.models, args.methods, args.batches, args.repeats, args.size)
-    partial = any(part) or args.no_memory
+    partial = any(part) or args.no_memory or bool(args.only)
     args.out = args.out or (ROOT / "build" / "bench" if partial else ROOT)
     args.models = args.models or list(SUBJECTS)
     out_of_place = ON_GPU if args.device == "cpu" else ()
@@ -406,6 +444,10 @@ def main() -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         figures = circumstances(argparse.Namespace(**{**vars(args), "device": device}))
         report.write(args.out, "kernels", device, {**figures, "kernels": time_kernels()})
+        return
+    if args.families:
+        figures = {**circumstances(args), "families": time_families(args)}
+        report.write(args.out, "families", "cpu", figures)
         return
     cells: list[Cell] = []
     for name in args.models:
