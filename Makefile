@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 CSRC := $(shell find csrc -type f 2>/dev/null)
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1 || echo 0)
-BUILD_TOOLS := "setuptools>=77" wheel ninja "pybind11>=2.12"
+BUILD_TOOLS := "setuptools>=77" wheel ninja
 SOURCES := captum_rlrp tests examples $(wildcard docs/*.py docs/*/*.py benchmarks evaluation scripts) setup.py
 
 .PHONY: demo test lint install docs bench coverage evaluate sanitize clean
@@ -62,6 +62,7 @@ $(VENV)/.torch:
 # For the demo: what it runs on, so the CUDA kernels only where there is a GPU to run them. The retry
 # covers a compiler that is there and fails; setup.py itself carries on where there is none.
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
+	find captum_rlrp -name '*.so' -delete  # an older build, for one Python, would be found first
 	CAPTUM_RLRP_CUDA=$(HAS_GPU) $(PIP) --no-build-isolation --editable . scikit-learn \
 		|| { echo "the extension does not build here: going on without it" >&2; \
 		     CAPTUM_RLRP_EXTENSION=0 $(PIP) --no-build-isolation --editable . scikit-learn; }
@@ -69,6 +70,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
 
 # For the tests: everything, the CUDA kernels compiled and linked wherever nvcc is found.
 $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
+	find captum_rlrp -name '*.so' -delete  # an older build, for one Python, would be found first
 	$(PIP) --no-build-isolation --editable ".[dev]"
 	touch $@ $(VENV)/.installed
 

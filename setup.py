@@ -25,6 +25,8 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 # The oldest torch that a build runs under: 2.11, as (major << 56 | minor << 48).
 STABLE_ABI = "0x020b000000000000"
+# The oldest Python that a build runs under, by its limited API: one wheel serves all later ones.
+PYTHON_ABI = "cp310"
 
 
 def say(message: str) -> None:
@@ -70,7 +72,6 @@ def extension_arguments() -> dict:
     if cuda_home:
         os.environ["CUDA_HOME"] = cuda_home
     try:
-        import pybind11
         import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
     except ImportError as error:
@@ -96,7 +97,7 @@ def extension_arguments() -> dict:
         *sanitize_flags,
     ]
     flags = " ".join(flag for flag in cxx if "prefix-map" not in flag)
-    include = [str(ROOT / "csrc"), pybind11.get_include()]
+    include = [str(ROOT / "csrc")]
     extensions = [
         CppExtension(
             "captum_rlrp._C",
@@ -104,6 +105,7 @@ def extension_arguments() -> dict:
             include_dirs=list(include),
             extra_compile_args={"cxx": [*cxx, f'-DRLRP_FLAGS="{flags}"']},
             extra_link_args=list(sanitize_flags),
+            py_limited_api=True,
         )
     ]
 
@@ -133,6 +135,7 @@ def extension_arguments() -> dict:
                         "--Werror=all-warnings",
                     ],
                 },
+                py_limited_api=True,
             )
         )
     elif wanted != "0":
@@ -140,6 +143,7 @@ def extension_arguments() -> dict:
     return {
         "ext_modules": extensions,
         "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=True)},
+        "options": {"bdist_wheel": {"py_limited_api": PYTHON_ABI}},
     }
 
 

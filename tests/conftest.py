@@ -21,6 +21,15 @@ settings.register_profile(
 settings.load_profile("captum_rlrp")
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Names of tests are the same in every process, or they could not be shared out to several."""
+    if isinstance(val, torch.Tensor):
+        return f"{val.dtype}{list(val.shape)}".removeprefix("torch.")
+    if " at 0x" in repr(val):
+        return str(getattr(val, "__name__", type(val).__name__))
+    return None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests of the GPU exist only where there is one: they are left out, not skipped."""
     if not torch.cuda.is_available():

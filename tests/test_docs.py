@@ -94,6 +94,7 @@ NOT_RUN = {
     "cibuildwheel": "needs containers; the workflow for wheels runs it",
     "python docs/figures/": "test_figures_are_drawn",
     "pytest tests": "these are the tests",
+    "OMP_NUM_THREADS=1 pytest tests": "these are the tests",
     "scripts/": "takes minutes, a GPU or a download of gigabytes",
 }
 

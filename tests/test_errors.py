@@ -410,7 +410,7 @@ def test_several_outputs() -> None:
         RelativeLRP(Two().eval()).attribute(X, target=0)
 
 
-@pytest.mark.parametrize("model", [None, torch.relu, lambda x: x, "resnet"], ids=str)
+@pytest.mark.parametrize("model", [None, torch.relu, lambda x: x, "resnet"])
 def test_a_model_must_be_a_module(model: object) -> None:
     with pytest.raises((RelativeLRPError, TypeError), match=r"(?i)module"):
         RelativeLRP(model)

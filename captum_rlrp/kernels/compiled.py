@@ -38,7 +38,7 @@ __all__ = [
     "working_memory",
 ]
 
-working_memory = extension.working_memory
+working_memory = extension.WorkingMemory
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MAX_AXES = 8

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from contextlib import AbstractContextManager
 from types import ModuleType
-from typing import Any
 
 import torch
 
@@ -43,11 +42,23 @@ def cuda_load_error() -> Exception | None:
     return _cuda_error
 
 
-def working_memory() -> AbstractContextManager[Any]:
+class WorkingMemory(AbstractContextManager["WorkingMemory"]):
     """See :func:`captum_rlrp.kernels.reference.working_memory`."""
-    assert _cpu is not None
-    memory: AbstractContextManager[Any] = _cpu.Memory()
-    return memory
+
+    def __init__(self) -> None:
+        assert _cpu is not None
+        self._part, self._memory = _cpu, _cpu.memory_new()
+
+    def __enter__(self) -> WorkingMemory:
+        self._part.memory_enter(self._memory)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._part.memory_leave(self._memory)
+
+    def size(self) -> int:
+        """Bytes taken from the system."""
+        return int(self._part.memory_size(self._memory))
 
 
 def build_info() -> dict[str, object]:

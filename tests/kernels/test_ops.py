@@ -196,7 +196,6 @@ def test_opcheck_of_few_channels():
         (3, [0, 0]),
         (5, [0, 0]),
     ],
-    ids=str,
 )
 def test_few_channels_refuse_what_does_not_fit(position, bad):
     arguments = [*FEW[:position], bad, *FEW[position + 1 :]]
