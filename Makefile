@@ -21,8 +21,9 @@ SOURCES := captum_rlrp tests examples $(wildcard docs/*.py docs/*/*.py benchmark
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py --out demo
 
+# Two processes of one thread each: whole tests share out better than the threads of one.
 test: lint
-	$(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(SOURCES)
