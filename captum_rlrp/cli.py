@@ -18,12 +18,14 @@ from tqdm import tqdm
 from . import __version__
 from .cli_files import Report, draw, file_names, write_report
 from .dataset.commands import add_options, add_parsers, explained, loaded
-from .dataset.files import PictureFiles
+from .dataset.files import PictureFiles, read_image
 from .dataset.report import build_report, check_place
 from .dataset.store import StorageError
 from .dataset.stored import StoredRun, softmax
 from .errors import InputError, RelativeLRPError
 from .kernels import show_config
+
+__all__ = ["main", "read_image"]  # scripts may read pictures as the command does
 
 PREDICTIONS = 5  # how many of the likeliest classes the JSON lists
 

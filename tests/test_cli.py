@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 
 from captum_rlrp import RelativeLRP, cli
-from captum_rlrp.dataset.files import read_picture
+from captum_rlrp.cli import read_image
 from captum_rlrp.dataset.sources import number_of_outputs, plain_key
 
 from .dataset_samples import build, write_pictures
@@ -308,5 +308,5 @@ def test_replaces_no_file_that_is_not_its_own(
 def test_a_grey_picture_of_16_bits_is_not_white(tmp_path: Path) -> None:
     levels = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     Image.fromarray(levels).save(tmp_path / "scan.png")
-    read = np.asarray(read_picture(tmp_path / "scan.png"))
+    read = np.asarray(read_image(tmp_path / "scan.png"))
     assert read[..., 0].tolist() == np.rint(levels / 257).astype(int).tolist()

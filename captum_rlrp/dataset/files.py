@@ -42,10 +42,10 @@ class PictureFiles(Dataset[Any]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int | None]:
-        return self.transform(read_picture(self.paths[index])), self.labels[index]
+        return self.transform(read_image(self.paths[index])), self.labels[index]
 
 
-def read_picture(path: Path) -> Any:
+def read_image(path: Path) -> Any:
     """The picture, upright, in RGB with 8 bits for each colour."""
     try:
         with Image.open(path) as picture:
