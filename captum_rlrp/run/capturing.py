@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from ..errors import CaptureError, InputError, RelativeLRPError
+from ..errors import CaptureError, InputError
 from ..graph.active import is_number
 from ..graph.capture import (
     CapturedGraph,
@@ -125,21 +125,6 @@ class Capturing:
         return self.allow_random or Trial(self.model, form, args).tells_apart(batch, found.batched)
 
     def _capture(
-        self,
-        args: Sequence[Any],
-        explained: int,
-        batch: int,
-        wanted: WantedFunction | None,
-        form: Form,
-    ) -> Captured:
-        try:
-            return self._captured_anew(args, explained, batch, wanted, form)
-        except RelativeLRPError:
-            if not self._open_sizes.refuse():
-                raise
-            return self._captured_anew(args, explained, batch, wanted, form)
-
-    def _captured_anew(
         self,
         args: Sequence[Any],
         explained: int,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from ..errors import CaptureError
+from ..errors import CaptureError, RelativeLRPError
 from ..graph.capture import CAPTURING
 from ..graph.form import PLAIN, Form
 from ..graph.tokens import at_numbers
@@ -202,7 +202,12 @@ class Engine(Capturing):
         if found is not None and parameters is not None:
             return found, parameters
         with CAPTURING:
-            made = self._capture(args, explained, batch, wanted, form)
+            try:
+                made = self._capture(args, explained, batch, wanted, form)
+            except RelativeLRPError:
+                if not self._open_sizes.refuse():
+                    raise
+                made = self._capture(args, explained, batch, wanted, form)
         with self._lock:
             self._cache[name] = made
             while len(self._cache) > _CACHED_PROGRAMS:
