@@ -31,5 +31,5 @@ STABLE_TORCH_LIBRARY(captum_rlrp, m) {
       "convolution_divide(Tensor r, Tensor x, Tensor weight, int[] stride, int[] padding) "
       "-> (Tensor, Tensor)");
   m.def(
-      "convolution_product(Tensor x, Tensor s, Tensor weight, int[] stride, int[] padding) -> Tensor");
+      "convolution_product(Tensor x, Tensor s, Tensor weight, Tensor? other, int[] stride, int[] padding) -> Tensor");
 }

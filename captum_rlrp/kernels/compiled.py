@@ -87,7 +87,9 @@ def linear_relevance(x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tens
     return multiply(x, linear(s, weight)), seen
 
 
-def conv_relevance(x: Tensor, weight: Tensor, r: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+def conv_relevance(
+    x: Tensor, weight: Tensor, r: Tensor, window: Window, other: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """See :func:`captum_rlrp.kernels.reference.conv_relevance`."""
     if _leaves_out_pixels(weight, window):
         read = reference.every(window.stride)
@@ -95,19 +97,20 @@ def conv_relevance(x: Tensor, weight: Tensor, r: Tensor, window: Window) -> tupl
         part, seen = conv_relevance(
             inputs, weight, r, window._replace(stride=[1] * len(window.stride))
         )
-        result = torch.zeros_like(x)
-        result[read] = part
+        result = torch.zeros_like(x) if other is None else other.clone()
+        result[read] += part
         return result, seen
     filters = convolution.Filters(weight, None, None, window.stride, window.padding)
     is_ours = convolution.has_law(x, weight, window) and r.dtype == torch.float32
     if is_ours:
         s, seen = convolution.divide(r, x, filters)
         if not convolution.has_few_channels(weight):
-            return convolution.product(x, s, filters), seen
+            return convolution.product(x, s, filters, other), seen
     weight = weight.abs()
     if not is_ours:
         s, seen = divide(r, _convolve(x, weight, window))
-    return multiply(x, conv(s, weight, x.shape, window)), seen
+    result = multiply(x, conv(s, weight, x.shape, window))
+    return result if other is None else result + other, seen
 
 
 def _leaves_out_pixels(weight: Tensor, window: Window) -> bool:

@@ -3,7 +3,7 @@
 The model's forward goes by Winograd's algorithms where filters have several taps, in fewer
 multiplications. They mix neighbouring pixels, and lose what is small beside them, by which the law
 divides: so its convolutions of 3×3 find such pixels, and leave them to a direct convolution, by
-which all others go. float32 on the CPU, channels in multiples of 32, or forward few of the input;
+which all others go. float32 on the CPU, channels in multiples of 32, for 1×1 of 8, or few of the input;
 :func:`suits`, :func:`pays` and :func:`has_law` tell.
 """
 
@@ -20,7 +20,8 @@ from captum_rlrp.kernels import extension, reference
 from captum_rlrp.kernels.extension import ops
 from captum_rlrp.kernels.onednn import Operand
 
-_MULTIPLE = 32  # of which numbers of channels must be
+_MULTIPLE = 32  # of which numbers of channels must be,
+_MULTIPLE_OF_POINT = 8  # or of this for 1×1
 _FEW_CHANNELS = 4  # of the input, as of an RGB image
 _FEW_PIXELS = 4  # of 1×1, up to which laying out its filters takes longer than is gained
 _TAPS = range(3, 33)  # along one axis alone
@@ -71,7 +72,7 @@ def suits(
         _IS_FAST
         and groups == 1
         and max(dilation) == 1
-        and weight.shape[0] % _MULTIPLE == 0
+        and _has_channels(weight)
         and weight.numel() > 0
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -97,8 +98,7 @@ def has_law(x: Operand, weight: Tensor, window: reference.Window) -> bool:
         and not window.transposed
         and max(dilation) == 1
         and weight.numel() > 0
-        and weight.shape[0] % _MULTIPLE == 0
-        and (weight.shape[1] <= _FEW_CHANNELS or weight.shape[1] % _MULTIPLE == 0)
+        and _has_channels(weight)
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and len(x.shape) == weight.dim() in (3, 4)
@@ -116,7 +116,7 @@ def divides_rows(rows: Operand, weight: Tensor) -> bool:
         and rows.dtype == weight.dtype == torch.float32
         and 0 not in rows.shape
         and weight.numel() > 0
-        and all(size % _MULTIPLE == 0 for size in weight.shape)
+        and all(size % _MULTIPLE_OF_POINT == 0 for size in weight.shape)
     )
 
 
@@ -125,11 +125,17 @@ def has_few_channels(weight: Tensor) -> bool:
     return weight.shape[1] <= _FEW_CHANNELS
 
 
+def _has_channels(weight: Tensor) -> bool:
+    if has_few_channels(weight):
+        return weight.shape[0] % _MULTIPLE == 0
+    multiple = _MULTIPLE_OF_POINT if math.prod(weight.shape[2:]) == 1 else _MULTIPLE
+    return weight.shape[0] % multiple == 0 and weight.shape[1] % multiple == 0
+
+
 def _has_scheme(weight: Tensor, stride: Sequence[int]) -> bool:
-    if weight.shape[1] <= _FEW_CHANNELS:
+    if has_few_channels(weight):
         return _is_few(weight, stride)
-    is_known = _is_area(weight, stride) or _is_line(weight, stride) or _is_point(weight, stride)
-    return weight.shape[1] % _MULTIPLE == 0 and is_known
+    return _is_area(weight, stride) or _is_line(weight, stride) or _is_point(weight, stride)
 
 
 def _is_few(weight: Tensor, stride: Sequence[int]) -> bool:
@@ -193,10 +199,11 @@ def divide_rows(r: Tensor, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor
     return s[..., 0, 0], total
 
 
-def product(x: Tensor, s: Tensor, filters: Filters) -> Tensor:
-    """``x ⊙ (|weight|ᵀ s)``."""
+def product(x: Tensor, s: Tensor, filters: Filters, other: Tensor | None = None) -> Tensor:
+    """``x ⊙ (|weight|ᵀ s) + other``."""
     weight, _, _, stride, padding = filters.as_image()
-    q = ops.convolution_product.default(_as_image(x), _as_image(s), weight, stride, padding)
+    other = None if other is None else _as_image(other)
+    q = ops.convolution_product.default(_as_image(x), _as_image(s), weight, other, stride, padding)
     return q if x.dim() == 4 else q.squeeze(2)
 
 

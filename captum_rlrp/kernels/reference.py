@@ -75,18 +75,22 @@ def linear_relevance(x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tens
     return x * linear(s, weight), seen
 
 
-def conv_relevance(x: Tensor, weight: Tensor, r: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-    """The law of a convolution: ``x ⊙ (|W|ᵀ s)``, ``s = r / (|W| ∗ x)``; and the check.
+def conv_relevance(
+    x: Tensor, weight: Tensor, r: Tensor, window: Window, other: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The law of a convolution: ``x ⊙ (|W|ᵀ s) + other``, ``s = r / (|W| ∗ x)``; and the check.
 
     Args:
         x: Absolute values of the input, ``(N, C, *spatial)`` with 1 to 3 spatial axes.
         weight: Filters, as in :func:`torch.ops.aten.convolution`.
         r: Relevance at the output.
         window: How the filters go over the input.
+        other: Relevance that arrived at the input by other ways.
     """
     weight = weight.abs()
     s, seen = divide(r, aten.convolution(x, weight, None, *window))
-    return x * conv(s, weight, x.shape, window), seen
+    result = x * conv(s, weight, x.shape, window)
+    return result if other is None else result + other, seen
 
 
 def split(a: Tensor, b: Tensor, r: Tensor, *, from_sum: bool = False) -> tuple[Tensor, Tensor]:

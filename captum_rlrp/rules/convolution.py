@@ -54,7 +54,8 @@ class Convolution(LinearRule):
             return super().shares(run, call, x, r)
         weight = run.value(call.args["weight"]).to(r.dtype)
         absolute = x if is_nonnegative(self.operand(call)) else x.abs()
-        result, seen = run.kernels.conv_relevance(absolute, weight, r, _window(call))
+        other = run.take(self.operand(call))
+        result, seen = run.kernels.conv_relevance(absolute, weight, r, _window(call), other)
         run.check(seen)
         return result
 

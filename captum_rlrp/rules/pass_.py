@@ -38,6 +38,7 @@ class Pass:
         column: Where relevance starts as one unit in each row of a matrix: its column.
         scratch: What the forward leaves for the rules.
         checked: Numbers that tell whether all was finite, and no divisor too small.
+        arrived: Relevance that has arrived at values whose turn has not come: what is to be added.
         violation: Largest violation of the local law so far, if it is measured: a float64 vector
             of one number per sample.
     """
@@ -51,6 +52,7 @@ class Pass:
     column: Tensor | None = None
     scratch: dict[Any, Any] = field(default_factory=dict)
     checked: list[Tensor] = field(default_factory=list)
+    arrived: dict[Node, list[Tensor]] = field(default_factory=dict)
     violation: Tensor | None = None
 
     def value(self, argument: Any) -> Any:
@@ -80,6 +82,14 @@ class Pass:
     def check(self, total: Tensor) -> None:
         """Notes numbers that have to be finite, and moderate (:attr:`checked`)."""
         self.checked.append(total.reshape(-1))
+
+    def take(self, node: Node) -> Tensor | None:
+        """Relevance that has arrived at a value, for a rule that adds it to its own part.
+
+        None where there is none, or where each rule's own part is measured.
+        """
+        terms = self.arrived.get(node)
+        return terms.pop() if terms and self.violation is None else None
 
     def evaluate(
         self,

@@ -142,7 +142,7 @@ class Program:
         run.batch, run.column = batch, column
         if measure_delta:
             run.violation = torch.zeros(batch, dtype=torch.float64, device=start.device)
-        arrived: dict[Node, list[Tensor]] = {self.graph.output: [start]}
+        arrived = run.arrived = {self.graph.output: [start]}
         relevance: dict[Node, Tensor | None] = dict.fromkeys(self.wanted)
         for i in reversed(range(len(self.plan.steps))):
             step = self.plan.steps[i]

@@ -30,6 +30,7 @@ void turn(Convolution& conv, int axis, int64_t phase) {
   Image& out = conv.out;
   conv.y += start * out.step[axis];
   if (conv.times) conv.times += start * out.step[axis];
+  if (conv.other) conv.other += start * out.step[axis];
   if (conv.dividend) conv.dividend += start * out.step[axis];
   out.size[axis] = start < out.size[axis] ? ceil_div(out.size[axis] - start, stride) : 0;
   out.step[axis] *= stride;
@@ -42,8 +43,8 @@ void turn(Convolution& conv, int axis, int64_t phase) {
 
 // By the scheme for filters of that size, of which conv may have a phase.
 void run_one(const Convolution& conv, const int64_t (&kernel)[2], const Tensor& model) {
-  if (kernel[0] == 1 && kernel[1] == 1) return run_by(conv, Point{}, model);
   const bool few = conv.in.channels <= kFewChannels;
+  if (kernel[0] == 1 && kernel[1] == 1 && !few) return run_by(conv, Point{}, model);
   if (conv.exact && !few && Square::suits(conv)) return run_guarded(conv, model);
   if (conv.exact || few) return run_by(conv, Direct(conv.kernel), model);
   if (Square::suits(conv)) return run_by(conv, Square{}, model);
@@ -79,8 +80,10 @@ struct Arguments {
     RLRP_CHECK(image.dim() == 4 && weight.dim() == 4, op, "the image and weight must have 4 axes");
     check_like(op, "weight", weight, "the image", image, false);
     const bool few = !transpose && weight.size(1) <= kFewChannels;
-    RLRP_CHECK(weight.size(0) % kMultiple == 0 && (few || weight.size(1) % kMultiple == 0), op,
-               "weight's channels must come in multiples of ", kMultiple, ", or be ", kFewChannels,
+    const bool point = !few && weight.size(2) == 1 && weight.size(3) == 1;
+    const int64_t multiple = point ? kHalf : kMultiple;
+    RLRP_CHECK(weight.size(0) % multiple == 0 && (few || weight.size(1) % multiple == 0), op,
+               "weight's channels must come in multiples of ", multiple, ", or be ", kFewChannels,
                " at most on the way in");
     RLRP_CHECK(weight.numel() > 0, op, "weight must not be empty");
     RLRP_CHECK(image.size(1) == weight.size(transpose ? 0 : 1), op,
@@ -128,10 +131,17 @@ struct Arguments {
     return data(*v, false);
   }
 
+  // What is added to a result like the model.
+  void add(const std::optional<Tensor>& other, const Tensor& model) {
+    if (!other) return;
+    check_like(op, "other", *other, "the result", model);
+    conv.other = data(*other, true);
+  }
+
   void run_into(Tensor& y) {
     if (y.numel() == 0) return;
     conv.y = result_of<float>(y);
-    conv.streams = y.numel() > kCached && simd::streams(conv.y);
+    conv.streams = y.numel() > kCached && simd::streams(conv.y) && conv.out.channels % kLine == 0;
     run(conv, transpose, y);
   }
 
@@ -153,10 +163,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
   a.conv.bias = a.vector("bias", bias, weight.size(0));
   a.conv.relu = relu;
   Tensor y = new_image(x, a.shape(), true);
-  if (other) {
-    check_like(a.op, "other", *other, "the result", y);
-    a.conv.other = a.data(*other, true);
-  }
+  a.add(other, y);
   Tensor before = a.run_and_sum_into(y);
   return {y, before};
 }
@@ -174,8 +181,9 @@ std::tuple<Tensor, Tensor> divide(const Tensor& r, const Tensor& x, const Tensor
   return {s, seen};
 }
 
-// and x ⊙ convolution_transpose(s).
-Tensor product(const Tensor& x, const Tensor& s, const Tensor& weight, const Ints& stride, const Ints& padding) {
+// and x ⊙ convolution_transpose(s) + other.
+Tensor product(const Tensor& x, const Tensor& s, const Tensor& weight, const std::optional<Tensor>& other,
+               const Ints& stride, const Ints& padding) {
   const char* op = "convolution_product";
   RLRP_CHECK(x.dim() == 4, op, "x must have 4 axes");
   const Ints size = {x.size(2), x.size(3)};
@@ -185,6 +193,7 @@ Tensor product(const Tensor& x, const Tensor& s, const Tensor& weight, const Int
   RLRP_CHECK(sizes_of(x) == shape, op, "x must have the shape of the convolution's input");
   a.conv.filters.absolute = a.conv.exact = true;
   a.conv.times = a.data(x, true);
+  a.add(other, x);
   Tensor result = new_image(x, shape, true);
   a.run_into(result);
   return result;

@@ -19,6 +19,8 @@ constexpr int64_t kBlock = 48;  // patches at a time; a multiple of the rows bel
 constexpr int64_t kMost = 60;   // of the last block: a few more are not worth one of their own
 constexpr int64_t kPad = 16;    // keeps the planes of a buffer out of each other's cache lines
 
+constexpr int64_t kHalf = 8;    // channels that come in multiples of it end in half a vector at most
+
 template <int kLanes>
 constexpr int kPanel = kColumns * kLanes;
 template <int kLanes>
@@ -66,7 +68,7 @@ struct Convolution {
   bool relu;
   bool exact;    // no output may be rounded by inputs that it does not meet
   bool streams;  // y past the caches, which it would only empty
-  const float* times;     // what y is multiplied by
+  const float* times;     // what y is multiplied by, before other is added
   const float* dividend;  // what is divided by y; 0/0 = 0
   double* sums;           // of each sample, if they are wanted: of |y| of a quotient, else of what precedes ReLU
 
@@ -184,47 +186,47 @@ RLRP_INLINE inline void transform_both(const At& at, const Transform& transform,
 
 // Adds up some rows of a matrix product: (kCount, depth) times (depth, a panel), from one depth to another.
 // at(r, k) is the left factor.
-template <int kLanes, int kCount, class At>
+template <int kLanes, int kCount, int kWidth, class At>
 RLRP_INLINE inline void multiply(int64_t first, int64_t last, const At& at, const float* panel,
-                                 Vector<kLanes> (&sum)[kCount][kColumns]) {
+                                 Vector<kLanes> (&sum)[kCount][kWidth]) {
   for (int64_t k = first; k < last; ++k) {
-    Vector<kLanes> factor[kColumns];
+    Vector<kLanes> factor[kWidth];
 #pragma GCC unroll 2
-    for (int j = 0; j < kColumns; ++j) factor[j] = load<kLanes>(panel + (k * kColumns + j) * kLanes);
+    for (int j = 0; j < kWidth; ++j) factor[j] = load<kLanes>(panel + (k * kWidth + j) * kLanes);
 #pragma GCC unroll 12
     for (int r = 0; r < kCount; ++r) {
 #pragma GCC unroll 2
-      for (int j = 0; j < kColumns; ++j) sum[r][j] += at(r, k) * factor[j];
+      for (int j = 0; j < kWidth; ++j) sum[r][j] += at(r, k) * factor[j];
     }
   }
 }
 
-template <int kLanes>
+template <int kLanes, int kSome = kLanes>
 RLRP_INLINE inline void write(const Convolution& conv, int64_t offset, const Vector<kLanes>& y) {
-  if (conv.streams) {
+  if (kSome == kLanes && conv.streams) {
     simd::stream<kLanes>(conv.y + offset, y);
   } else {
-    store<kLanes>(conv.y + offset, y);
+    store<kLanes, kSome>(conv.y + offset, y);
   }
 }
 
 // What becomes of some channels of an output: offset says where they lie. Adds to the output's sum.
-template <int kLanes>
+template <int kLanes, int kSome = kLanes>
 RLRP_INLINE inline void put(const Convolution& conv, int64_t offset, const Vector<kLanes>& output,
                             Vector<kLanes>& sum) {
   Vector<kLanes> y = output;
   if (conv.dividend) {
-    const Vector<kLanes> quotient = load<kLanes>(conv.dividend + offset) / y;
+    const Vector<kLanes> quotient = load<kLanes, kSome>(conv.dividend + offset) / y;
     const Vector<kLanes> infinite = y - y;  // NaN where the divisor is not finite, else 0
     y = y == 0 ? Vector<kLanes>{} : quotient;
     sum += magnitude(y) + infinite;
   } else {
-    if (conv.other) y += load<kLanes>(conv.other + offset);
-    if (conv.times) y *= load<kLanes>(conv.times + offset);
+    if (conv.times) y *= load<kLanes, kSome>(conv.times + offset);
+    if (conv.other) y += load<kLanes, kSome>(conv.other + offset);
     sum += y;
   }
   if (conv.relu) y = y < 0 ? Vector<kLanes>{} : y;
-  write<kLanes>(conv, offset, y);
+  write<kLanes, kSome>(conv, offset, y);
 }
 
 template <int kLanes>

@@ -200,7 +200,12 @@ inline void run_guarded(const Convolution& conv, const Tensor& model) {
     run_by(conv, scheme, model);
     double taps[Square::kTaps][Square::kTaps] = {};
     add_taps(conv, taps);
-    for (int64_t k = 0; k < count; ++k) failed.push_back(scheme.find(conv, grid.place(k), k, taps));
+    failed.resize(count);
+    torch::stable::parallel_for(0, count, 256, [&](int64_t first, int64_t last) {
+      grid.each(first, last, [&](int64_t k, const Place& at) RLRP_INLINE {
+        failed[first + k] = scheme.find(conv, at, first + k, taps);
+      });
+    });
   }
   std::vector<Place> places;
   for (int64_t k = 0; k < count; ++k) {

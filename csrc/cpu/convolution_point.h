@@ -15,24 +15,42 @@ struct Point {
 
   int64_t depth(int) const { return 1; }
 
-  // One of the strides of the taps must be 1.
+  // One of the strides of the taps must be 1. What is left of a panel is laid out a vector at a time.
   template <int kLanes>
   RLRP_INLINE void transform_filters(const Convolution& conv, const Planes<kTerms>&, const Range& range,
                                      int64_t first, int64_t last, float* result) const {
     const int64_t in = conv.in.channels;
-    for (int64_t k = first; k < last; k += kPanel<kLanes>) {
+    const Filters& f = conv.filters;
+    int64_t k = first;
+    for (; k + kPanel<kLanes> <= last; k += kPanel<kLanes>) {
       float* panel = result + k * in;
-      if (conv.filters.in != 1) {
-        copy_panel<kLanes>(conv.filters, range.first + k, in, panel);
+      if (f.in != 1) {
+        copy_panel<kLanes>(f, range.first + k, in, panel);
       } else {
+        const int64_t turned = in / kLanes * kLanes;
         for (int64_t j = 0; j < kPanel<kLanes>; j += kLanes) {
-          turn_half<kLanes>(conv.filters, range.first + k + j, in, panel + j);
+          turn_half<kLanes>(f, range.first + k + j, turned, panel + j);
+          lay_out(f, range.first + k + j, kLanes, turned, in, panel + j, kLanes, kPanel<kLanes>);
         }
       }
+    }
+    for (; k < last; k += kLanes) {
+      lay_out(f, range.first + k, min64(kLanes, last - k), 0, in, result + k * in, kLanes, kLanes);
     }
   }
 
  private:
+  // Some filters' taps from one input to another, one by one, and zeros to so many.
+  static void lay_out(const Filters& f, int64_t out, int64_t count, int64_t first, int64_t last, float* panel,
+                      int64_t all, int64_t step) {
+    for (int64_t c = first; c < last; ++c) {
+      for (int64_t k = 0; k < all; ++k) {
+        const Vector<1> tap{k < count ? f.taps[(out + k) * f.out + c * f.in] : 0.0f};
+        panel[c * step + k] = k < count ? f.finished<1>(tap, out + k)[0] : 0.0f;
+      }
+    }
+  }
+
   // Of filters that lie side by side.
   template <int kLanes>
   RLRP_INLINE static void copy_panel(const Filters& f, int64_t out, int64_t in, float* panel) {
@@ -90,14 +108,14 @@ struct Runs {
   int64_t ahead;         // how far the next block's lie behind, to be brought near; 0 if that is not to be
 };
 
-// A panel's outputs of some of them.
-template <int kLanes, int kCount>
+// So many vectors' outputs of some of them, kSome of the last vector's.
+template <int kLanes, int kCount, int kWidth, int kSome>
 RLRP_INLINE inline void multiply_pixels(const Convolution& conv, Pixels<kLanes>& pixels, int64_t first,
                                         const Runs& runs, const float* panel, int64_t channel) {
   const float* row[kCount];
   for (int r = 0; r < kCount; ++r) {
     row[r] = pixels.from[first + r];
-    for (int j = 0; j < kColumns; ++j) {  // what the sums will meet
+    for (int j = 0; j < kWidth; ++j) {  // what the sums will meet
       const int64_t offset = pixels.to[first + r] + channel + j * kLanes;
       if (!conv.streams) __builtin_prefetch(conv.y + offset, 1);
       if (conv.other) __builtin_prefetch(conv.other + offset);
@@ -105,13 +123,17 @@ RLRP_INLINE inline void multiply_pixels(const Convolution& conv, Pixels<kLanes>&
       if (conv.dividend) __builtin_prefetch(conv.dividend + offset);
     }
   }
-  Vector<kLanes> sum[kCount][kColumns] = {};
+  Vector<kLanes> sum[kCount][kWidth] = {};
   const auto at = [&](int r, int64_t k) RLRP_INLINE { return row[r][k]; };
-  for (int64_t k = 0; runs.ahead && k < runs.depth; k += kLine) {
-    for (int r = 0; r < kCount; ++r) __builtin_prefetch(row[r] + runs.ahead + k, 0, 2);
-    multiply<kLanes, kCount>(k, k + kLine, at, panel, sum);
+  if (runs.ahead) {
+    int64_t k = 0;
+    for (; k + kLine <= runs.depth; k += kLine) {
+      for (int r = 0; r < kCount; ++r) __builtin_prefetch(row[r] + runs.ahead + k, 0, 2);
+      multiply<kLanes, kCount>(k, k + kLine, at, panel, sum);
+    }
+    multiply<kLanes, kCount>(k, runs.depth, at, panel, sum);
   }
-  for (int64_t run = 0; !runs.ahead && run < runs.count; ++run, panel += runs.depth * kPanel<kLanes>) {
+  for (int64_t run = 0; !runs.ahead && run < runs.count; ++run, panel += runs.depth * kWidth * kLanes) {
     multiply<kLanes, kCount>(0, runs.depth, at, panel, sum);
     for (int r = 0; r < kCount; ++r) row[r] += pixels.step[first + r];
   }
@@ -119,34 +141,49 @@ RLRP_INLINE inline void multiply_pixels(const Convolution& conv, Pixels<kLanes>&
   for (int r = 0; r < kCount; ++r) {
     Vector<kLanes> total = pixels.sum[first + r];
 #pragma GCC unroll 2
-    for (int j = 0; j < kColumns; ++j) {
+    for (int j = 0; j < kWidth; ++j) {
       const int64_t c = channel + j * kLanes;
-      if (conv.bias) sum[r][j] += load<kLanes>(conv.bias + c);
-      put<kLanes>(conv, pixels.to[first + r] + c, sum[r][j], total);
+      if (conv.bias) sum[r][j] += load<kLanes, kSome>(conv.bias + c);
+      put<kLanes, kSome>(conv, pixels.to[first + r] + c, sum[r][j], total);
     }
     pixels.sum[first + r] = total;
   }
+}
+
+// Some of the outputs of a block of pixels, from a channel on: kSome if that is less than a vector, else kWidth vectors.
+template <int kLanes, int kWidth, int kSome = kLanes>
+RLRP_INLINE inline void multiply_panel(const Work& work, Pixels<kLanes>& pixels, int64_t count, Runs runs,
+                                       int64_t channel) {
+  const Convolution& conv = work.conv;
+  constexpr int kMany = kRows<kLanes>, kFew = kFewRows<kLanes>;
+  const float* panel = work.filters + channel * runs.count * runs.depth;
+  channel += work.range.first;
+  int64_t k = 0;
+  for (; k + kMany <= count; k += kMany) {
+    multiply_pixels<kLanes, kMany, kWidth, kSome>(conv, pixels, k, runs, panel, channel);
+  }
+  runs.ahead = 0;
+  for (; k + kFew <= count; k += kFew) {
+    multiply_pixels<kLanes, kFew, kWidth, kSome>(conv, pixels, k, runs, panel, channel);
+  }
+  for (; k < count; ++k) multiply_pixels<kLanes, 1, kWidth, kSome>(conv, pixels, k, runs, panel, channel);
 }
 
 // All outputs of a block of pixels, from the patch `first` on.
 template <int kLanes>
 RLRP_INLINE inline void multiply_block(const Work& work, Pixels<kLanes>& pixels, int64_t first, int64_t count,
                                        Runs runs) {
-  const Convolution& conv = work.conv;
-  for (int64_t c = 0; c < work.range.count; c += kPanel<kLanes>) {
-    const float* panel = work.filters + c * runs.count * runs.depth;
-    const int64_t channel = work.range.first + c;
-    int64_t k = 0;
-    for (; k + kRows<kLanes> <= count; k += kRows<kLanes>) {
-      multiply_pixels<kLanes, kRows<kLanes>>(conv, pixels, k, runs, panel, channel);
-    }
+  const int64_t channels = work.range.count;
+  int64_t c = 0;
+  for (; c + kPanel<kLanes> <= channels; c += kPanel<kLanes>) {
+    multiply_panel<kLanes, kColumns>(work, pixels, count, runs, c);
     runs.ahead = 0;
-    for (; k + kFewRows<kLanes> <= count; k += kFewRows<kLanes>) {
-      multiply_pixels<kLanes, kFewRows<kLanes>>(conv, pixels, k, runs, panel, channel);
-    }
-    for (; k < count; ++k) multiply_pixels<kLanes, 1>(conv, pixels, k, runs, panel, channel);
   }
-  for (int64_t k = 0; conv.sums && k < count; ++k) work.sums[first + k] += total<kLanes>(pixels.sum[k]);
+  for (; c + kLanes <= channels; c += kLanes) multiply_panel<kLanes, 1>(work, pixels, count, runs, c);
+  if constexpr (kLanes > kHalf) {
+    if (c < channels) multiply_panel<kLanes, 1, kHalf>(work, pixels, count, runs, c);
+  }
+  for (int64_t k = 0; work.conv.sums && k < count; ++k) work.sums[first + k] += total<kLanes>(pixels.sum[k]);
 }
 
 template <int kLanes>

@@ -16,7 +16,7 @@ namespace convolution {
 constexpr int64_t kLeast = 8;          // patches that are worth a task of their own
 constexpr int64_t kFilters = 1 << 20;  // elements of the filters that are transformed at a time
 constexpr int64_t kDepth = 128;        // summed at a time: it rounds less, and a panel of it stays near
-constexpr int64_t kMultiple = 32;      // channels come in multiples of it
+constexpr int64_t kMultiple = 32;      // channels come in multiples of it, but of 1×1
 
 // Some rows of a matrix product over some of the depth, which is added to what was found before.
 template <int kLanes, int kCount>
@@ -142,8 +142,8 @@ void run_by_patches(const Convolution& conv, const Scheme& scheme, const Grid& g
   constexpr int kTerms = Scheme::kTerms;
   const int64_t out = conv.out.channels, count = grid.count(conv.batch);
   const int64_t threads = torch::stable::get_num_threads(), tasks = min64(threads, ceil_div(count, kLeast));
-  const int64_t most = std::clamp(kFilters / planes_of(conv, scheme, 0, 1).filters[kTerms] / kMultiple * kMultiple,
-                                  kMultiple, out);
+  const int64_t cached = kFilters / planes_of(conv, scheme, 0, 1).filters[kTerms] / kMultiple;
+  const int64_t most = min64(std::max<int64_t>(cached, 1), ceil_div(out, kMultiple)) * kMultiple;
   const Planes<kTerms> largest = planes_of(conv, scheme, kMost, most);
   const int64_t each = largest.patches[kTerms] + kTerms * largest.products;
   Tensor memory = workspace(model, largest.filters[kTerms] + tasks * each);
@@ -153,8 +153,10 @@ void run_by_patches(const Convolution& conv, const Scheme& scheme, const Grid& g
   for (Range range{0, 0}; range.first < out; range.first += range.count) {
     range.count = min64(most, out - range.first);
     const Planes<kTerms> planes = planes_of(conv, scheme, kMost, range.count);
-    run_tasks(threads, range.count / kMultiple, [&](auto lanes, int64_t, int64_t first, int64_t last) RLRP_INLINE {
-      scheme.template transform_filters<lanes>(conv, planes, range, first * kMultiple, last * kMultiple, filters);
+    const int64_t parts = ceil_div(range.count, kMultiple);
+    run_tasks(threads, parts, [&](auto lanes, int64_t, int64_t first, int64_t last) RLRP_INLINE {
+      scheme.template transform_filters<lanes>(conv, planes, range, first * kMultiple,
+                                               min64(last * kMultiple, range.count), filters);
     });
     const Work work{conv, grid, range, filters, zeros, sums.data(), failed ? failed->data() : nullptr};
     run_tasks(tasks, count, [&](auto lanes, int64_t task, int64_t start, int64_t end) RLRP_INLINE {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 #include <utility>
 
@@ -72,14 +73,25 @@ struct Lanes {
 template <int kLanes>
 using Vector = typename Lanes<kLanes>::Vector;
 
-template <int kLanes>
+// The first few lanes, or all; the others are 0.
+template <int kLanes, int kSome = kLanes>
 RLRP_INLINE inline Vector<kLanes> load(const float* from) {
-  return *reinterpret_cast<const typename Lanes<kLanes>::Unaligned*>(from);
+  if constexpr (kSome == kLanes) {
+    return *reinterpret_cast<const typename Lanes<kLanes>::Unaligned*>(from);
+  } else {
+    Vector<kLanes> value{};
+    memcpy(&value, from, kSome * sizeof(float));
+    return value;
+  }
 }
 
-template <int kLanes>
+template <int kLanes, int kSome = kLanes>
 RLRP_INLINE inline void store(float* to, Vector<kLanes> value) {
-  *reinterpret_cast<typename Lanes<kLanes>::Unaligned*>(to) = value;
+  if constexpr (kSome == kLanes) {
+    *reinterpret_cast<typename Lanes<kLanes>::Unaligned*>(to) = value;
+  } else {
+    memcpy(to, &value, kSome * sizeof(float));
+  }
 }
 
 #if defined(__x86_64__) && !defined(__clang_analyzer__)

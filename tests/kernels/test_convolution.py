@@ -59,6 +59,15 @@ CASES = [
     (1, 64, 64, (208, 200), (1, 1), (1, 1), (0, 0)),  # results past the caches
     (0, 32, 32, (4, 4), (1, 1), (1, 1), (0, 0)),
     (2, 96, 32, (29,), (1,), (1,), (0,)),
+    # 1×1 of channels in eights: what is left over is a vector, half of one, or both.
+    (2, 24, 40, (9, 7), (1, 1), (1, 1), (0, 0)),
+    (1, 144, 56, (5, 11), (1, 1), (1, 1), (0, 0)),
+    (3, 8, 8, (4, 4), (1, 1), (1, 1), (0, 0)),
+    (2, 16, 112, (7, 7), (1, 1), (1, 1), (0, 0)),
+    (1, 1032, 80, (3, 5), (1, 1), (1, 1), (0, 0)),
+    (1, 72, 2056, (2, 7), (1, 1), (1, 1), (0, 0)),  # filters in several goes, either way
+    (2, 40, 56, (168, 160), (1, 1), (1, 1), (0, 0)),  # results past the caches
+    (2, 24, 88, (30,), (1,), (1,), (0,)),
     (2, 32, 32, (30,), (7,), (1,), (3,)),  # signals
     (2, 32, 64, (31,), (6,), (2,), (2,)),
     (1, 64, 32, (3,), (3,), (2,), (0,)),
@@ -72,6 +81,7 @@ FROM_FEW = [
     (1, 2, 32, (3, 4), (3, 4), (3, 4), (0, 0)),  # a single output
     (2, 3, 64, (230, 220), SQUARE, (1, 1), (1, 1)),  # results past the caches
     (0, 3, 32, (9, 9), SQUARE, (1, 1), (1, 1)),
+    (2, 3, 64, (9, 8), (1, 1), (1, 1), (0, 0)),
     (1, 3, 512, (64, 64), (32, 32), (32, 32), (0, 0)),  # filters in several goes
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -342,10 +352,31 @@ def test_the_law_of_a_covered_convolution_is_its_own(monkeypatch):
     made = torch.ones(2, 32, 8, 8)
     monkeypatch.setattr(convolution, "_IS_FAST", True)
     monkeypatch.setattr(convolution, "divide", lambda r, x, f: (r, r.sum()))
-    monkeypatch.setattr(convolution, "product", lambda x, s, f: made)
+    monkeypatch.setattr(convolution, "product", lambda x, s, f, other: made)
     x, weight, r = torch.rand(2, 32, 8, 8), torch.randn(64, 32, 3, 3), torch.randn(2, 64, 8, 8)
     window = Window([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
     assert compiled.conv_relevance(x, weight, r, window)[0] is made
+
+
+@pytest.mark.parametrize("padded", [0, 1])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+@pytest.mark.parametrize("channels", [(3, 64), (64, 32), (5, 7)], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_the_law_is_added_to_what_arrived(channels, kernel, stride, padded, layout):
+    inputs, outputs = channels
+    padding = padded * (kernel // 2)
+    window = Window([stride] * 2, [padding] * 2, [1] * 2, False, [0] * 2, 1)
+    x = rand(2, inputs, 13, 11, dtype=torch.float32).abs()
+    weight = torch.randn(outputs, inputs, kernel, kernel)
+    y = torch.ops.aten.convolution.default(exact(x), exact(weight), None, *window)
+    r, other = torch.randn(y.shape), torch.randn(x.shape)
+    kept = other.clone()
+    expected, _ = reference.conv_relevance(exact(x), exact(weight), exact(r), window)
+    arguments = [t.contiguous(memory_format=layout) for t in (x, r, other)]
+    result, _ = compiled.conv_relevance(arguments[0], weight, arguments[1], window, arguments[2])
+    agree(result, expected + other, torch.float32, scale=4)
+    assert torch.equal(arguments[2], kept)
 
 
 @pytest.mark.parametrize("size", [(9,), (9, 8), (5, 8, 7)], ids=str)
@@ -361,6 +392,9 @@ def test_the_law_of_1x1_that_leaves_out_pixels(size, groups):
     expected, _ = reference.conv_relevance(exact(x), exact(weight), exact(r), window)
     agree(result, expected, torch.float32, scale=4)
     assert seen.isfinite().all()
+    other = torch.randn_like(x)
+    both, _ = compiled.conv_relevance(x, weight, r, window, other)
+    agree(both, expected + other, torch.float32, scale=4)
     read = reference.every(window.stride)
     result[read] = 0
     assert result.count_nonzero() == 0
