@@ -104,7 +104,7 @@ def conv_relevance(
     is_ours = convolution.has_law(x, weight, window) and r.dtype == torch.float32
     if is_ours:
         s, seen = convolution.divide(r, x, filters)
-        if not convolution.has_few_channels(weight):
+        if convolution.has_product(weight, window):
             return convolution.product(x, s, filters, other), seen
     weight = weight.abs()
     if not is_ours:

@@ -3,8 +3,8 @@
 The model's forward goes by Winograd's algorithms where filters have several taps, in fewer
 multiplications. They mix neighbouring pixels, and lose what is small beside them, by which the law
 divides: so its convolutions of 3×3 find such pixels, and leave them to a direct convolution, by
-which all others go. float32 on the CPU, channels in multiples of 32, for 1×1 of 8, or few of the input;
-:func:`suits`, :func:`pays` and :func:`has_law` tell.
+which all others go. float32 on the CPU, channels in multiples of 32, for 1×1 of 8, or few of the
+input; the law also depthwise. :func:`suits`, :func:`pays` and :func:`has_law` tell.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from captum_rlrp.kernels.extension import ops
 from captum_rlrp.kernels.onednn import Operand
 
 _MULTIPLE = 32  # of which numbers of channels must be,
-_MULTIPLE_OF_POINT = 8  # or of this for 1×1
+_HALF = 8  # or of this for 1×1 and depthwise
 _FEW_CHANNELS = 4  # of the input, as of an RGB image
 _FEW_PIXELS = 4  # of 1×1, up to which laying out its filters takes longer than is gained
 _TAPS = range(3, 33)  # along one axis alone
@@ -72,7 +72,7 @@ def suits(
         _IS_FAST
         and groups == 1
         and max(dilation) == 1
-        and _has_channels(weight)
+        and _has_channels(weight, groups)
         and weight.numel() > 0
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -90,15 +90,14 @@ def pays(x: Operand, weight: Tensor) -> bool:
 
 
 def has_law(x: Operand, weight: Tensor, window: reference.Window) -> bool:
-    """Whether :func:`divide` covers the two; and :func:`product`, but for a few input channels."""
+    """Whether :func:`divide` covers the two; and :func:`product` where :func:`has_product`."""
     stride, padding, dilation = window[:3]
     return (
         _IS_FAST
-        and window.groups == 1
         and not window.transposed
         and max(dilation) == 1
         and weight.numel() > 0
-        and _has_channels(weight)
+        and _has_channels(weight, window.groups)
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and len(x.shape) == weight.dim() in (3, 4)
@@ -116,24 +115,31 @@ def divides_rows(rows: Operand, weight: Tensor) -> bool:
         and rows.dtype == weight.dtype == torch.float32
         and 0 not in rows.shape
         and weight.numel() > 0
-        and all(size % _MULTIPLE_OF_POINT == 0 for size in weight.shape)
+        and all(size % _HALF == 0 for size in weight.shape)
     )
 
 
-def has_few_channels(weight: Tensor) -> bool:
-    """Whether the input has as few channels as an RGB image."""
+def has_product(weight: Tensor, window: reference.Window) -> bool:
+    """Whether the input has more channels than an RGB image."""
+    return window.groups > 1 or not _is_of_few(weight)
+
+
+def _is_of_few(weight: Tensor) -> bool:
     return weight.shape[1] <= _FEW_CHANNELS
 
 
-def _has_channels(weight: Tensor) -> bool:
-    if has_few_channels(weight):
-        return weight.shape[0] % _MULTIPLE == 0
-    multiple = _MULTIPLE_OF_POINT if math.prod(weight.shape[2:]) == 1 else _MULTIPLE
-    return weight.shape[0] % multiple == 0 and weight.shape[1] % multiple == 0
+def _has_channels(weight: Tensor, groups: int) -> bool:
+    filters, channels = weight.shape[:2]
+    if groups > 1:
+        return groups == filters and channels == 1 and filters % _HALF == 0
+    if _is_of_few(weight):
+        return filters % _MULTIPLE == 0
+    multiple = _HALF if math.prod(weight.shape[2:]) == 1 else _MULTIPLE
+    return filters % multiple == 0 and channels % multiple == 0
 
 
 def _has_scheme(weight: Tensor, stride: Sequence[int]) -> bool:
-    if has_few_channels(weight):
+    if _is_of_few(weight):
         return _is_few(weight, stride)
     return _is_area(weight, stride) or _is_line(weight, stride) or _is_point(weight, stride)
 

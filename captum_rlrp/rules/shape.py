@@ -82,6 +82,11 @@ class Pad(Move):
         overrides = {"value": 0.0} if call.args.get("value") else {}
         return run.evaluate(call, {self.slot(call): x}, overrides=overrides)
 
+    def transpose(self, run: Pass, call: Call, g: Tensor, *, absolute: bool = False) -> Tensor:
+        if call.name == "constant_pad_nd" or call.args.get("mode") == "constant":
+            return aten.constant_pad_nd.default(g, [-size for size in call.args["pad"]])
+        return super().transpose(run, call, g, absolute=absolute)
+
 
 class Overlapping(LinearRule):
     """Any other linear op of one operand whose coefficients are not negative.

@@ -1,7 +1,7 @@
 // Convolutions over images in channels_last, and their input gradients, with what follows applied on the way:
 // by Winograd's algorithms for filters of 3×3 (convolution_square.h), of other sizes along both axes
-// (convolution_area.h) or along one of them (convolution_line.h), and as they are for 1×1 (convolution_point.h), and
-// over few channels (convolution_direct.h).
+// (convolution_area.h) or along one of them (convolution_line.h), and as they are for 1×1 (convolution_point.h), over
+// few channels (convolution_direct.h), and depthwise (convolution_depthwise.h).
 //
 // The law is direct, or by Winograd's algorithm where that rounds no output by what it does not meet
 // (convolution_guarded.h).
@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "convolution_area.h"
+#include "convolution_depthwise.h"
 #include "convolution_guarded.h"
 #include "convolution_line.h"
 
@@ -43,6 +44,7 @@ void turn(Convolution& conv, int axis, int64_t phase) {
 
 // By the scheme for filters of that size, of which conv may have a phase.
 void run_one(const Convolution& conv, const int64_t (&kernel)[2], const Tensor& model) {
+  if (conv.depthwise) return Depthwise(conv).run();
   const bool few = conv.in.channels <= kFewChannels;
   if (kernel[0] == 1 && kernel[1] == 1 && !few) return run_by(conv, Point{}, model);
   if (conv.exact && !few && Square::suits(conv)) return run_guarded(conv, model);
@@ -79,14 +81,15 @@ struct Arguments {
     RLRP_CHECK(image.scalar_type() == ScalarType::Float, op, "the image must have dtype float32");
     RLRP_CHECK(image.dim() == 4 && weight.dim() == 4, op, "the image and weight must have 4 axes");
     check_like(op, "weight", weight, "the image", image, false);
-    const bool few = !transpose && weight.size(1) <= kFewChannels;
+    conv.depthwise = weight.size(1) == 1 && weight.size(0) > 1 && image.size(1) == weight.size(0);
+    const bool few = conv.depthwise || (!transpose && weight.size(1) <= kFewChannels);
     const bool point = !few && weight.size(2) == 1 && weight.size(3) == 1;
-    const int64_t multiple = point ? kHalf : kMultiple;
+    const int64_t multiple = point || conv.depthwise ? kHalf : kMultiple;
     RLRP_CHECK(weight.size(0) % multiple == 0 && (few || weight.size(1) % multiple == 0), op,
                "weight's channels must come in multiples of ", multiple, ", or be ", kFewChannels,
                " at most on the way in");
     RLRP_CHECK(weight.numel() > 0, op, "weight must not be empty");
-    RLRP_CHECK(image.size(1) == weight.size(transpose ? 0 : 1), op,
+    RLRP_CHECK(conv.depthwise || image.size(1) == weight.size(transpose ? 0 : 1), op,
                "the image must have the channels that weight reads");
     RLRP_CHECK(stride.size() == 2 && padding.size() == 2, op, "stride and padding must have 2 elements");
     std::copy_n(weight.sizes().begin() + 2, 2, conv.kernel);
@@ -109,12 +112,13 @@ struct Arguments {
     }
     conv.batch = image.size(0);
     conv.in = Image::dense(image.size(1), image.size(2), image.size(3));
-    conv.out = transpose ? Image::dense(weight.size(1), (*size)[0], (*size)[1])
+    conv.out = transpose ? Image::dense(conv.depthwise ? weight.size(0) : weight.size(1), (*size)[0], (*size)[1])
                          : Image::dense(weight.size(0), outputs[0], outputs[1]);
     conv.x = data(image, true);
     const bool strewn = height * width == 1 && weight.stride(0) != 1 && weight.stride(1) != 1;
     const Tensor w = strewn ? kept.emplace_back(torch::stable::contiguous(weight)) : weight;
-    conv.filters = {data_of<float>(w), w.stride(transpose), w.stride(!transpose), {w.stride(2), w.stride(3)},
+    const bool turned = transpose && !conv.depthwise;
+    conv.filters = {data_of<float>(w), w.stride(turned), w.stride(!turned), {w.stride(2), w.stride(3)},
                     vector("scale", scale, w.size(0)), false};
   }
 

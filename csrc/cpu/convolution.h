@@ -66,6 +66,7 @@ struct Convolution {
   const float *x, *bias, *other;
   float* y;
   bool relu;
+  bool depthwise;  // each output is of its own channel
   bool exact;    // no output may be rounded by inputs that it does not meet
   bool streams;  // y past the caches, which it would only empty
   const float* times;     // what y is multiplied by, before other is added

@@ -167,6 +167,48 @@ def test_the_law(case, layout):
     assert ((q - exact(x) * g).abs() <= 5e-5 * exact(x) * bound).all()
 
 
+# channels, size, taps, stride, padding
+DEPTHWISE = [
+    (24, (9, 7), SQUARE, (1, 1), (1, 1)),
+    (40, (12, 13), (5, 5), (2, 2), (2, 2)),
+    (8, (4, 4), SQUARE, (1, 1), (1, 1)),
+    (96, (14, 15), SQUARE, (2, 2), (0, 1)),
+    (72, (9, 20), (7, 3), (1, 2), (3, 0)),
+    (32, (1, 9), (1, 5), (1, 3), (0, 4)),
+    (144, (3, 3), SQUARE, (1, 1), (0, 0)),  # a single output
+    (32, (160, 150), SQUARE, (1, 1), (1, 1)),  # results past the caches
+    (16, (5, 30), (4, 2), (4, 2), (0, 0)),  # inputs that nothing reads
+    (56, (31,), (7,), (2,), (3,)),
+]
+
+
+@pytest.mark.parametrize("case", DEPTHWISE, ids=str)
+@every_layout
+def test_the_law_depthwise(case, layout):
+    channels, size, taps, stride, padding = case
+    axes = len(size)
+    window = Window([*stride], [*padding], [1] * axes, False, [0] * axes, channels)
+    x = rand(2, channels, *size, dtype=torch.float32, layout=layout).abs()
+    x[..., x.shape[-1] // 2 :] *= 1e-6
+    weight = rand(channels, 1, *taps, dtype=torch.float32, layout=layout)
+    assert convolution.has_law(x, weight, window) == convolution._IS_FAST
+    y = torch.ops.aten.convolution.default(exact(x), exact(weight), None, *window)
+    r, other = rand(*y.shape, dtype=torch.float32, layout=layout), torch.randn_like(x)
+    filters = Filters(weight, None, None, stride, padding)
+    s, total = convolution.divide(r, x, filters)
+    magnitudes, inputs = exact(weight).abs(), exact(x).requires_grad_()
+    d = torch.ops.aten.convolution.default(inputs, magnitudes, None, *window)
+    expected = torch.where(d > 0, exact(r) / d, 0.0).detach()
+    assert ((exact(s) - expected).abs() <= 3e-5 * expected.abs()).all()
+    assert ((total - expected.flatten(1).abs().sum(1)).abs() <= 3e-5 * total).all()
+    (g,) = torch.autograd.grad(d, inputs, expected, retain_graph=True)
+    (bound,) = torch.autograd.grad(d, inputs, expected.abs())
+    q = exact(convolution.product(x, s, filters))
+    assert ((q - exact(x) * g).abs() <= 5e-5 * exact(x) * bound).all()
+    both = exact(convolution.product(x, s, filters, other))
+    agree((both - q).float(), exact(other), torch.float32, scale=4)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_divisor_that_is_not_finite_shows(value):
     x = torch.rand(2, 32, 6, 6)
