@@ -341,9 +341,9 @@ def test_relevance_is_float32_in_a_model_of_16_bits(monkeypatch: pytest.MonkeyPa
     found: set[torch.dtype] = set()
     law = compiled.conv_relevance
 
-    def spy(x: Tensor, weight: Tensor, r: Tensor, *rest: Any) -> Any:
+    def spy(x: Tensor, weight: Tensor, r: Tensor, *rest: Any, **options: Any) -> Any:
         found.update((x.dtype, weight.dtype, r.dtype))
-        return law(x, weight, r, *rest)
+        return law(x, weight, r, *rest, **options)
 
     monkeypatch.setattr(compiled, "conv_relevance", spy)
     skipping = nn.Conv2d(4, 4, 1, stride=2)

@@ -21,7 +21,9 @@ from torchvision import models
 from captum_rlrp import RelativeLRP
 from captum_rlrp.graph.twins import twin
 from captum_rlrp.kernels import extension
-from captum_rlrp.run import capturing, engine
+from captum_rlrp.plan.steps import Single
+from captum_rlrp.rules import Pass
+from captum_rlrp.run import capturing, engine, program, recording, wide
 from captum_rlrp.run.recording import Recordings
 
 from .test_recording import FakeTape
@@ -155,6 +157,102 @@ def test_all_stays_on_the_gpu(name: str, dtype: torch.dtype) -> None:
                 assert (again.shape, again.dtype, again.device) == (x.shape, dtype, x.device)
     if name == "ResNet18" and extension.cuda_available():
         assert calls.ops >= {op for op in ops_of_the_gpu() if op.endswith("_")}  # in place
+
+
+class Magnitudes(TorchDispatchMode):
+    """Notes how absolute values of weights are worked out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.together: list[int] = []  # tensors of each multi-tensor call
+        self.alone = 0  # calls for one weight each
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._foreach_abs.default:
+            self.together.append(len(args[0]))
+        elif func is torch.ops.aten.abs.default and isinstance(args[0], nn.Parameter):
+            self.alone += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("without_values")
+@pytest.mark.parametrize(
+    ("dtype", "carried"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),  # which holds what float16 does not
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", CASES)
+def test_what_relevance_is_carried_in(
+    name: str, dtype: torch.dtype, carried: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, shape = CASES[name]
+    seen: list[torch.dtype] = []
+    propagate = Single.propagate
+
+    def watched(step: Single, run: Pass, r: Tensor) -> Sequence[Tensor]:
+        parts = propagate(step, run, r)
+        seen.extend(value.dtype for value in (r, *parts))
+        return parts
+
+    monkeypatch.setattr(Single, "propagate", watched)
+    model = make().eval().to(dtype)
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        move(model)
+        rlrp = RelativeLRP(model)
+        x = torch.empty(2, *shape, dtype=dtype, device="cuda")
+        result = rlrp.attribute(x, target=1)
+    assert len(seen) > 10
+    assert set(seen) == {carried}
+    assert result.dtype == (torch.float32 if dtype == torch.float16 else dtype)
+
+
+@pytest.mark.usefixtures("without_values")
+@pytest.mark.parametrize("name", CASES)
+def test_magnitudes_of_all_weights_are_one_call(name: str) -> None:
+    make, shape = CASES[name]
+    model = make().eval()
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        move(model)
+        rlrp = RelativeLRP(model)
+        x = torch.empty(2, *shape, device="cuda")
+        rlrp.attribute(x, target=1)
+        with Magnitudes() as seen:
+            rlrp.attribute(x, target=1)
+    assert len(seen.together) == (3 if "VGG" in name else 1)  # one of its layers is large
+    assert max(seen.together) > 1
+    assert seen.alone == 0
+
+
+@pytest.mark.parametrize("several", ["targets", "parts"])
+def test_one_look_at_the_end(several: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, where there is something to see: whatever reads a value comes last."""
+    torch.manual_seed(0)
+    model = models.resnet18().eval()
+    rlrp = RelativeLRP(model)
+    x = torch.randn(4, 3, 32, 32)
+    target: Any = range(3) if several == "targets" else 1
+    options = {} if several == "targets" else {"internal_batch_size": 1}
+    rlrp.attribute(x, target=target, **options)  # captures
+    order: list[str] = []
+
+    def looks(*args: Any) -> list[int]:
+        order.append("look")
+        return wide.unsound(*args)
+
+    def totals(*args: Any) -> Tensor:
+        order.append("pass back")
+        return program.totals(*args)
+
+    monkeypatch.setattr(engine, "unsound", looks)
+    monkeypatch.setattr(recording, "totals", totals)
+    rlrp.attribute(x, target=target, **options)
+    count = 3 if several == "targets" else 4
+    assert order == ["pass back"] * count + ["look"] * count
 
 
 @pytest.mark.usefixtures("without_values")

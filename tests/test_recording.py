@@ -162,9 +162,9 @@ def test_further_arguments_are_read_anew(model):
 def test_what_cannot_be_recorded_runs_as_ever(monkeypatch):
     law = compiled.conv_relevance
 
-    def reads(x, weight, r, *rest):
+    def reads(x, weight, r, *rest, **options):
         assert r.sum().item() <= 1  # on the host
-        return law(x, weight, r, *rest)
+        return law(x, weight, r, *rest, **options)
 
     monkeypatch.setattr(compiled, "conv_relevance", reads)
     torch.manual_seed(0)

@@ -75,6 +75,15 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """An image, or filters, laid out channels_last; anything else as it is."""
+    if x.dim() == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    if x.dim() == 5:
+        return x.contiguous(memory_format=torch.channels_last_3d)
+    return x
+
+
 def infer(
     shape: Sequence[int | torch.SymInt],
     batch: sympy.Symbol,

@@ -76,27 +76,34 @@ def multiply(x: Tensor, g: Tensor, *, absolute: bool = False) -> Tensor:
     return q
 
 
-def linear_relevance(x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+def linear_relevance(
+    x: Tensor, weight: Tensor, r: Tensor, magnitude: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """See :func:`captum_rlrp.kernels.reference.linear_relevance`."""
     rows = x.abs().flatten(0, -2) if x.dim() > 1 else x.abs().unsqueeze(0)
     if convolution.divides_rows(rows, weight) and r.dtype == torch.float32:
         quotients, seen = convolution.divide_rows(r.reshape(len(rows), -1), rows, weight)
         s = quotients.view(r.shape)
     else:
-        s, seen = divide(r, _product(x.abs(), weight.abs()))
+        s, seen = divide(r, _product(x.abs(), weight.abs() if magnitude is None else magnitude))
     return multiply(x, linear(s, weight)), seen
 
 
 def conv_relevance(
-    x: Tensor, weight: Tensor, r: Tensor, window: Window, other: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    r: Tensor,
+    window: Window,
+    *,
+    magnitude: Tensor | None = None,
+    other: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`captum_rlrp.kernels.reference.conv_relevance`."""
     if _leaves_out_pixels(weight, window):
         read = reference.every(window.stride)
         inputs = x[read].contiguous(memory_format=reference.memory_format(x))
-        part, seen = conv_relevance(
-            inputs, weight, r, window._replace(stride=[1] * len(window.stride))
-        )
+        dense = window._replace(stride=[1] * len(window.stride))
+        part, seen = conv_relevance(inputs, weight, r, dense, magnitude=magnitude)
         result = torch.zeros_like(x) if other is None else other.clone()
         result[read] += part
         return result, seen
@@ -106,7 +113,7 @@ def conv_relevance(
         s, seen = convolution.divide(r, x, filters)
         if convolution.has_product(weight, window):
             return convolution.product(x, s, filters, other), seen
-    weight = weight.abs()
+    weight = weight.abs() if magnitude is None else magnitude
     if not is_ours:
         s, seen = divide(r, _convolve(x, weight, window))
     result = multiply(x, conv(s, weight, x.shape, window))

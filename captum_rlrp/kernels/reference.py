@@ -63,20 +63,29 @@ def multiply(x: Tensor, g: Tensor, *, absolute: bool = False) -> Tensor:
     return (x.abs() if absolute else x) * g
 
 
-def linear_relevance(x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+def linear_relevance(
+    x: Tensor, weight: Tensor, r: Tensor, magnitude: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The law of a dense layer: ``x ⊙ (s W)`` with ``s = r / (|x| |W|ᵀ)``; and the check.
 
     Args:
         x: Input, features last.
         weight: ``(out, in)``.
         r: Relevance at the output.
+        magnitude: ``|W|``, where it is at hand.
     """
-    s, seen = divide(r, F.linear(x.abs(), weight.abs()))
+    s, seen = divide(r, F.linear(x.abs(), weight.abs() if magnitude is None else magnitude))
     return x * linear(s, weight), seen
 
 
 def conv_relevance(
-    x: Tensor, weight: Tensor, r: Tensor, window: Window, other: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    r: Tensor,
+    window: Window,
+    *,
+    magnitude: Tensor | None = None,
+    other: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The law of a convolution: ``x ⊙ (|W|ᵀ s) + other``, ``s = r / (|W| ∗ x)``; and the check.
 
@@ -85,9 +94,10 @@ def conv_relevance(
         weight: Filters, as in :func:`torch.ops.aten.convolution`.
         r: Relevance at the output.
         window: How the filters go over the input.
+        magnitude: ``|W|``, where it is at hand.
         other: Relevance that arrived at the input by other ways.
     """
-    weight = weight.abs()
+    weight = weight.abs() if magnitude is None else magnitude
     s, seen = divide(r, aten.convolution(x, weight, None, *window))
     result = x * conv(s, weight, x.shape, window)
     return result if other is None else result + other, seen

@@ -115,6 +115,8 @@ class FusedConvolution:
 
     def _leaves_weight(self, run: Pass, x: Tensor) -> bool:
         """Whether it is less work to scale the output: a weight to be laid out is copied anyway."""
+        if not _adds_bias(x):  # what adds the shift scales on the way
+            return True
         weight: Tensor = run.value(self.conv.args["weight"])
         is_laid_out = _is_laid_out(weight, run.like(self.conv.args["input"]))
         return (is_laid_out and self._outweighs(run, x)) or onednn.dwarfs(weight, x)

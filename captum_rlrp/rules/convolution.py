@@ -45,17 +45,22 @@ class Convolution(LinearRule):
     def transpose(self, run: Pass, call: Call, g: Tensor, *, absolute: bool = False) -> Tensor:
         if not self._of_image(call):
             return super().transpose(run, call, g, absolute=absolute)
-        weight = run.value(call.args["weight"]).to(g.dtype)
+        node = weight_of(call)
+        weight = run.magnitude(node, g.dtype) if absolute else run.value(node).to(g.dtype)
         shape = run.like(call.args["input"]).shape
-        return run.kernels.conv(g, weight.abs() if absolute else weight, shape, _window(call))
+        return run.kernels.conv(g, weight, shape, _window(call))
 
     def shares(self, run: Pass, call: Call, x: Tensor, r: Tensor) -> Tensor:
         if not self._of_image(call):
             return super().shares(run, call, x, r)
-        weight = run.value(call.args["weight"]).to(r.dtype)
+        node = weight_of(call)
+        magnitude = run.magnitude(node, r.dtype) if node in run.magnitudes else None
+        weight = run.value(node).to(r.dtype) if magnitude is None else magnitude
         absolute = x if is_nonnegative(self.operand(call)) else x.abs()
         other = run.take(self.operand(call))
-        result, seen = run.kernels.conv_relevance(absolute, weight, r, _window(call), other)
+        result, seen = run.kernels.conv_relevance(
+            absolute, weight, r, _window(call), magnitude=magnitude, other=other
+        )
         run.check(seen)
         return result
 

@@ -91,16 +91,19 @@ class Linear(Dense):
     def transpose(self, run: Pass, call: Call, g: Tensor, *, absolute: bool = False) -> Tensor:
         if not self._multiplies(call):
             return super().transpose(run, call, g, absolute=absolute)
+        if absolute:
+            return run.kernels.linear(g, run.magnitude(call.args["weight"], g.dtype))
         weight: Tensor = run.value(call.args["weight"]).to(g.dtype)
-        if call.node is run.output and run.column is not None and not absolute:
+        if call.node is run.output and run.column is not None:
             return run.kernels.linear_rows(weight, run.column)
-        return run.kernels.linear(g, weight.abs() if absolute else weight)
+        return run.kernels.linear(g, weight)
 
     def shares(self, run: Pass, call: Call, x: Tensor, r: Tensor) -> Tensor:
         if not self._multiplies(call):
             return super().shares(run, call, x, r)
-        weight = run.value(call.args["weight"]).to(r.dtype)
-        result, seen = run.kernels.linear_relevance(x, weight, r)
+        node = call.args["weight"]
+        magnitude = run.magnitude(node, r.dtype) if node in run.magnitudes else None
+        result, seen = run.kernels.linear_relevance(x, run.value(node).to(r.dtype), r, magnitude)
         run.check(seen)
         return result
 

@@ -63,6 +63,19 @@ class LinearRule(Rule):
             if (name, index) != slot
         )
 
+    def magnitudes(self, call: Call) -> tuple[Node, ...]:
+        """The coefficients whose absolute values the law reads."""
+        if self.one_to_one(call):
+            return ()
+        slot = self.slot(call)
+        return tuple(
+            node
+            for name in self.constants
+            if name in call.args and name not in self.shift
+            for index, node in places(call.args[name])
+            if (name, index) != slot
+        )
+
     def needs(self, call: Call) -> tuple[Node, ...]:
         if self.one_to_one(call):
             return self.fixed(call)

@@ -36,6 +36,7 @@ class Pass:
         output: The node of the model's output.
         batch: Number of samples.
         column: Where relevance starts as one unit in each row of a matrix: its column.
+        magnitudes: Absolute values that were worked out together, ahead of their steps.
         scratch: What the forward leaves for the rules.
         checked: Numbers that tell whether all was finite, and no divisor too small.
         arrived: Relevance that has arrived at values whose turn has not come: what is to be added.
@@ -50,6 +51,7 @@ class Pass:
     output: Node
     batch: int = 1
     column: Tensor | None = None
+    magnitudes: dict[Node, Tensor] = field(default_factory=dict)
     scratch: dict[Any, Any] = field(default_factory=dict)
     checked: list[Tensor] = field(default_factory=list)
     arrived: dict[Node, list[Tensor]] = field(default_factory=dict)
@@ -66,6 +68,12 @@ class Pass:
         if isinstance(argument, slice):
             return slice(*map(self.value, (argument.start, argument.stop, argument.step)))
         return argument
+
+    def magnitude(self, node: Node, dtype: torch.dtype) -> Tensor:
+        """The absolute value of a node's value."""
+        found = self.magnitudes.get(node)
+        value: Tensor = self.values[node].abs() if found is None else found
+        return value.to(dtype)
 
     def like(self, node: Node) -> Like:
         """Shape, dtype and device of a value, kept or not."""
@@ -124,8 +132,10 @@ class Pass:
                 like = self.likes[argument]
                 value = torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)
             if isinstance(value, Tensor) and value.is_floating_point() and dtype is not None:
-                value = value.to(dtype)
-                value = value.abs() if slot[0] in absolute else value
+                if slot[0] in absolute and argument in self.values:
+                    value = self.magnitude(argument, dtype)
+                else:
+                    value = value.to(dtype)
                 return value.clone() if value.is_inference() else value
             return value
 

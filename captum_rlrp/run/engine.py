@@ -44,6 +44,33 @@ class Explanation:
     delta: Tensor | None
 
 
+@dataclass(frozen=True)
+class _Found:
+    """An explanation whose totals nobody has read yet: that waits for the device.
+
+    Attributes:
+        explanation: What was found.
+        totals: What tells whether it can be trusted.
+        dtype: Of the relevance.
+        captured: What ran.
+        parameters: With these parameters of the model.
+        args: And these arguments, of the samples that went through together.
+        rows: Their rows in the batch.
+        start: Where relevance starts.
+        task: The task of it all.
+    """
+
+    explanation: Explanation
+    totals: Tensor
+    dtype: torch.dtype
+    captured: Captured
+    parameters: dict[Node, Tensor]
+    args: Sequence[Any]
+    rows: slice
+    start: StartFunction
+    task: Task
+
+
 class Engine(Capturing):
     """Runs Relative LRP on one model, from any number of threads.
 
@@ -136,7 +163,7 @@ class Engine(Capturing):
             size = 1
         elif internal_batch_size is None and portion < batch:
             size = divide(batch, portion)
-        parts = []
+        parts: list[Explanation | list[_Found]] = []
         with self._memory:
             for first in range(0, batch, size):
                 rows = slice(first, min(first + size, batch))
@@ -152,12 +179,13 @@ class Engine(Capturing):
                     )
                 else:
                     parts.append(self._run(captured, parameters, some, rows, start, measure_delta))
-        if len(parts) == 1:
-            return parts[0]
+            settled = [p if isinstance(p, Explanation) else self._settled(p, start) for p in parts]
+        if len(settled) == 1:
+            return settled[0]
         relevance = [
-            torch.cat(values) for values in zip(*(p.relevance for p in parts), strict=True)
+            torch.cat(values) for values in zip(*(p.relevance for p in settled), strict=True)
         ]
-        deltas = [part.delta for part in parts if part.delta is not None]
+        deltas = [part.delta for part in settled if part.delta is not None]
         return Explanation(relevance, torch.cat(deltas) if deltas else None)
 
     # ---- capture -----------------------------------------------------------------------------
@@ -230,10 +258,11 @@ class Engine(Capturing):
     ) -> Explanation:
         """The graphs of one call, each in a pass of its own; no node is of two graphs."""
         assert captured.rows is not None
-        parts = [
+        runs = [
             self._run(captured, parameters, args, slice(0, 1), _of_row(start, row), measure_delta)
             for row in range(captured.rows)
         ]
+        parts = [self._settled(found, start) for found in runs]
         pairs = zip(*(part.relevance for part in parts), strict=True)
         relevance = [sum(values[1:], values[0]) for values in pairs]
         deltas = [part.delta for part in parts if part.delta is not None]
@@ -249,7 +278,8 @@ class Engine(Capturing):
         rows: slice,
         start: StartFunction | Sequence[StartFunction],
         measure_delta: bool,
-    ) -> Explanation:
+    ) -> list[_Found]:
+        """What is found for each start, without waiting for the device."""
         graph = captured.program.graph
         with torch.no_grad(), no_autocast(args):
             values = self._values(captured, parameters, args)
@@ -264,54 +294,60 @@ class Engine(Capturing):
                 rows.stop - rows.start,
                 measure_delta,
             )
+
+            def found(begin: StartFunction, task: Task, outcome: Outcome) -> _Found:
+                result, totals = outcome
+                kinds = {r.dtype for r in result.relevance.values() if r is not None}
+                dtype = torch.float64 if torch.float64 in kinds else torch.float32
+                parts = Explanation(self._parts(captured, values, result), result.delta)
+                return _Found(parts, totals, dtype, captured, parameters, args, rows, begin, task)
+
             if callable(start):
                 outcome = self.recordings.run(task) if self.recordings else task.run()
-                return self._trusted(captured, parameters, args, rows, start, task, outcome)
+                return [found(start, task, outcome)]
             run = task.forward()
             output = run.values[run.output]
-            found = []
+            several = []
             for begin in starts:
                 # Each pass back drops what it has read.
                 again = replace(
                     run, values=dict(run.values), scratch=dict(run.scratch), checked=[*run.checked]
                 )
                 task = replace(task, begin=_at(begin, rows))
-                outcome = task.back(again, *task.begin(output))
-                found.append(self._trusted(captured, parameters, args, rows, begin, task, outcome))
-        return _stacked(found)
+                several.append(found(begin, task, task.back(again, *task.begin(output))))
+        return several
 
-    def _trusted(
-        self,
-        captured: Captured,
-        parameters: dict[Node, Tensor],
-        args: Sequence[Any],
-        rows: slice,
-        start: StartFunction,
-        task: Task,
-        outcome: Outcome,
+    def _settled(
+        self, found: Sequence[_Found], start: StartFunction | Sequence[StartFunction]
     ) -> Explanation:
-        """What came of a task; samples that float32 could not hold are explained in float64."""
-        result, weak = outcome[0], unsound(outcome, task.batch)
-        graph = captured.program.graph
+        """What was found for one start, or for several side by side, once it is to be trusted."""
+        with torch.no_grad(), no_autocast(found[0].args):
+            settled = [self._trusted(one) for one in found]
+        return settled[0] if callable(start) else _stacked(settled)
+
+    def _trusted(self, found: _Found) -> Explanation:
+        """The explanation; samples that float32 could not hold are explained in float64."""
+        explanation, captured, task = found.explanation, found.captured, found.task
+        weak, graph = unsound(found.totals, found.dtype, task.batch), captured.program.graph
         if len(weak) == task.batch or (weak and (graph.guards or not captured.admits(1))):
             result = run_wide(replace(task, program=captured.plain))
-            weak = []
-        found = Explanation(self._parts(captured, task.values, result), result.delta)
+            return Explanation(self._parts(captured, task.values, result), result.delta)
         for i in weak:
             one = slice(i, i + 1)
-            some = [take(arg, one, b) for arg, b in zip(args, captured.batched, strict=True)]
-            values = self._values(captured, parameters, some)
-            begin = _at(start, slice(rows.start + i, rows.start + i + 1))
+            pairs = zip(found.args, captured.batched, strict=True)
+            values = self._values(captured, found.parameters, [take(a, one, b) for a, b in pairs])
+            first = found.rows.start + i
+            begin = _at(found.start, slice(first, first + 1))
             wide = run_wide(
                 Task(captured.plain, values, {}, task.explained, begin, 1, task.measure_delta)
             )
             for whole, part in zip(
-                found.relevance, self._parts(captured, values, wide), strict=True
+                explanation.relevance, self._parts(captured, values, wide), strict=True
             ):
                 whole[one] = part
-            if found.delta is not None and wide.delta is not None:
-                found.delta[one] = wide.delta
-        return found
+            if explanation.delta is not None and wide.delta is not None:
+                explanation.delta[one] = wide.delta
+        return explanation
 
     def _parts(
         self, captured: Captured, values: Mapping[Node, Any], result: Result

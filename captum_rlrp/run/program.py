@@ -13,12 +13,13 @@ from torch.fx import Node
 
 from ..errors import NonFiniteError
 from ..graph.capture import CapturedGraph, place_of
-from ..graph.layout import memory_format
+from ..graph.layout import channels_last, memory_format
 from ..plan.instructions import Instruction, batch_norms
 from ..plan.steps import Plan, Single
 from ..rules import Like, Pass
 from ..rules.passthrough import PassThrough
 from ..rules.skip import Sum
+from .magnitudes import groups, magnitudes
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class Program:
                 self.released[i].append(node)
         # A kept value is freed as soon as the last step that reads it is done.
         self.finished: list[list[Node]] = [[] for _ in plan.steps]
+        self.magnitudes = groups(plan.steps, plan.layouts)
         seen: set[Node] = set()
         for i, step in enumerate(plan.steps):
             for node in step.needs:
@@ -106,7 +108,7 @@ class Program:
             # One conversion here keeps every image channels_last to the end.
             for node in self.plan.roots:
                 if node.op == "placeholder":
-                    run.values[node] = _channels_last(values[node])
+                    run.values[node] = channels_last(values[node])
         for norms in self.norms:
             norms(run)
         for i, node in enumerate(self.calls):
@@ -146,6 +148,9 @@ class Program:
         relevance: dict[Node, Tensor | None] = dict.fromkeys(self.wanted)
         for i in reversed(range(len(self.plan.steps))):
             step = self.plan.steps[i]
+            # On a CPU kernels read without the sign, or a layer's are made when it is its turn.
+            if i in self.magnitudes and start.device.type == "cuda":
+                run.magnitudes.update(magnitudes(self.magnitudes[i], run.values))
             terms = arrived.pop(step.output, None)
             if terms is not None:
                 r = terms[0] if len(terms) == 1 else self.kernels.add(terms)
@@ -155,6 +160,7 @@ class Program:
                     arrived.setdefault(node, []).append(part)
             for node in self.finished[i]:
                 run.values.pop(node, None)
+                run.magnitudes.pop(node, None)
         for node in relevance:
             if node in arrived:
                 terms = arrived[node]
@@ -169,14 +175,6 @@ def _like(value: Tensor) -> Like:
 def _own(r: Tensor) -> Tensor:
     """A copy in memory that outlives the run: the kernels' working memory does not."""
     return torch.empty_like(r).copy_(r)
-
-
-def _channels_last(value: Tensor) -> Tensor:
-    if value.dim() == 4:
-        return value.contiguous(memory_format=torch.channels_last)
-    if value.dim() == 5:
-        return value.contiguous(memory_format=torch.channels_last_3d)
-    return value
 
 
 def find_non_finite(program: Program, values: Mapping[Node, Any]) -> NonFiniteError | None:

@@ -10,17 +10,21 @@ from torch import Tensor
 
 from ..errors import NonFiniteError
 from .program import Result, find_non_finite
-from .recording import Begin, Outcome, Task
+from .recording import Begin, Task
 
 # The least relevance of a sample, and the largest sum of values, that can be trusted.
 _RANGE = {torch.float32: (1e-25, 1e30), torch.float64: (0.0, 1e290)}
 
 
-def unsound(outcome: Outcome, batch: int) -> list[int]:
-    """The samples whose relevance vanished; all where a value is not finite or too large."""
-    result, totals = outcome
-    wide = any(r is not None and r.dtype == torch.float64 for r in result.relevance.values())
-    least, most = _RANGE[torch.float64 if wide else torch.float32]
+def unsound(totals: Tensor, dtype: torch.dtype, batch: int) -> list[int]:
+    """The samples whose relevance vanished; all where a value is not finite or too large.
+
+    Args:
+        totals: See :func:`captum_rlrp.run.program.totals`; reading them waits for the device.
+        dtype: float64 if relevance is in that, else float32, whose range bfloat16 has too.
+        batch: Number of samples.
+    """
+    least, most = _RANGE[dtype]
     numbers = totals.tolist()
     if not all(map(math.isfinite, numbers)) or max(numbers) >= most:
         return list(range(batch))

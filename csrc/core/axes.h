@@ -92,4 +92,39 @@ Axes<K> simplify(int rank, const int64_t* size, const int64_t* const (&stride)[K
   return axes;
 }
 
+template <int K>
+struct Offsets {
+  int64_t of[K] = {};
+};
+
+constexpr int64_t kGrain = 16;  // of which what comes before a cut is a multiple
+
+// Calls f(part, offsets of its first element) for parts that make up the axes, in each of which no operand's last
+// element lies `most` or more behind its first.
+template <int K, class F>
+void in_parts(const Axes<K>& axes, int64_t most, const F& f, const Offsets<K>& offset = {}) {
+  int longest = 0;
+  int64_t furthest = 0;
+  bool fits = true;
+  for (int k = 0; k < K; ++k) {
+    int64_t reach = 0;
+    for (int axis = 0; axis < axes.rank; ++axis) {
+      const int64_t along = (axes.size[axis] - 1) * axes.stride[k][axis];
+      reach += along;
+      if (along > furthest) furthest = along, longest = axis;
+    }
+    fits = fits && reach < most;
+  }
+  if (fits) return f(axes, offset);
+  const int64_t size = axes.size[longest];
+  const int64_t cut = size < 2 * kGrain ? size / 2 : size / 2 / kGrain * kGrain;
+  Axes<K> part = axes;
+  part.size[longest] = cut;
+  in_parts(part, most, f, offset);
+  Offsets<K> behind = offset;
+  for (int k = 0; k < K; ++k) behind.of[k] += cut * axes.stride[k][longest];
+  part.size[longest] = size - cut;
+  in_parts(part, most, f, behind);
+}
+
 }  // namespace rlrp

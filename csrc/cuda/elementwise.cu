@@ -18,8 +18,63 @@ constexpr int kPiece = kThreads * kBytesOfThread / static_cast<int>(sizeof(T));
 // Where the elements of a pack lie in each of K operands.
 template <int K>
 struct Where {
-  int64_t offset[K];
+  uint32_t offset[K];
   bool repeats[K];  // one element stands for all of the pack
+};
+
+// Operands whose elements lie side by side, or are one alone.
+template <int K>
+struct Flat {
+  static constexpr bool kWholePacks = false;  // the last one may be incomplete
+
+  bool repeats[K];
+
+  explicit Flat(const Axes<K>& axes) {
+    for (int k = 0; k < K; ++k) repeats[k] = axes.step(k) == 0;
+  }
+
+  __device__ Where<K> at(uint32_t index) const {
+    Where<K> where;
+    for (int k = 0; k < K; ++k) {
+      where.repeats[k] = repeats[k];
+      where.offset[k] = repeats[k] ? 0 : index;
+    }
+    return where;
+  }
+};
+
+// Operands of any strides.
+template <int K>
+struct Strided {
+  static constexpr bool kWholePacks = true;
+
+  int rank;
+  bool repeats[K];  // along the innermost axis
+  uint32_t size[kMaxAxes], stride[K][kMaxAxes];
+
+  explicit Strided(const Axes<K>& axes) : rank(axes.rank) {
+    for (int k = 0; k < K; ++k) repeats[k] = axes.step(k) == 0;
+    for (int axis = 0; axis < rank; ++axis) {
+      size[axis] = static_cast<uint32_t>(axes.size[axis]);
+      for (int k = 0; k < K; ++k) stride[k][axis] = static_cast<uint32_t>(axes.stride[k][axis]);
+    }
+  }
+
+  __device__ Where<K> at(uint32_t index) const {
+    Where<K> where;
+    for (int k = 0; k < K; ++k) {
+      where.repeats[k] = repeats[k];
+      where.offset[k] = 0;
+    }
+#pragma unroll 1
+    for (int axis = rank - 1; axis > 0; --axis) {
+      const uint32_t quotient = index / size[axis], coordinate = index - quotient * size[axis];
+      for (int k = 0; k < K; ++k) where.offset[k] += coordinate * stride[k][axis];
+      index = quotient;
+    }
+    for (int k = 0; k < K && rank > 0; ++k) where.offset[k] += index * stride[k][0];
+    return where;
+  }
 };
 
 template <int V, class T, int K>
@@ -27,7 +82,8 @@ __device__ Pack<T, V> load(const T* data, const Where<K>& where, int k) {
   const T* from = data + where.offset[k];
   if (V > 1 && !where.repeats[k]) return load_pack<V>(from);
   Pack<T, V> pack;
-  for (int i = 0; i < V; ++i) pack.at[i] = *from;
+  const T value = *from;
+  for (int i = 0; i < V; ++i) pack.at[i] = value;
   return pack;
 }
 
@@ -36,10 +92,10 @@ __device__ void store(T* data, const Where<K>& where, int k, const Pack<T, V>& p
   store_pack(data + where.offset[k], pack);
 }
 
-// Whether packs of V elements lie side by side in every operand, where those can be read at once.
+// Whether packs of V elements lie side by side in every operand, where those can be read at once. Parts begin where
+// packs do.
 template <int V, int K>
 bool comes_in_packs(const Axes<K>& axes, const void* const (&operands)[K]) {
-  if (axes.rank == 0 || axes.row() % V != 0) return false;
   for (int k = 0; k < K; ++k) {
     const int64_t step = axes.step(k);
     if (step == 0) continue;
@@ -48,7 +104,7 @@ bool comes_in_packs(const Axes<K>& axes, const void* const (&operands)[K]) {
       if (axes.stride[k][axis] % V != 0) return false;
     }
   }
-  return true;
+  return axes.rank == 1 || (axes.rank > 1 && axes.row() % V == 0);
 }
 
 // Notes the largest of what the threads of a block have seen.
@@ -64,25 +120,20 @@ __device__ void note_largest(Bits* seen, Bits largest) {
 }
 
 // One block per piece. `element.run<V>(where)` computes a pack and returns the largest magnitude of what it watches.
-template <class T, int K, int V, class Element>
+template <class T, int V, class Layout, class Element>
 __global__ void __launch_bounds__(kThreads)
-    sweep_kernel(Axes<K> axes, int64_t numel, bits_t<wide_t<T>>* seen, Element element) {
-  Where<K> where;
-  const int64_t start = static_cast<int64_t>(blockIdx.x) * kPiece<T>;
-  const bool flat = axes.rank <= 1;
-  for (int k = 0; k < K; ++k) where.repeats[k] = axes.step(k) == 0;
-  bits_t<wide_t<T>> largest = 0;
-#pragma unroll 4
-  for (int i = 0; i < kPiece<T> / (kThreads * V); ++i) {
-    const int64_t at = start + (i * kThreads + static_cast<int64_t>(threadIdx.x)) * V;
-    if (at < numel) {
-      if (flat) {
-        for (int k = 0; k < K; ++k) where.offset[k] = at * axes.step(k);
-      } else {
-        axes.offsets(at, where.offset);
-      }
-      const bits_t<wide_t<T>> bits = element.template run<V>(where);
-      largest = bits > largest ? bits : largest;
+    sweep_kernel(Layout layout, uint32_t numel, bits_t<wide_t<T>>* seen, Element element) {
+  using Bits = bits_t<wide_t<T>>;
+  Bits largest = 0;
+  const auto note = [&](Bits bits) { largest = bits > largest ? bits : largest; };
+  uint32_t at = blockIdx.x * kPiece<T> + threadIdx.x * V;
+#pragma unroll 1
+  for (int i = 0; i < kPiece<T> / (kThreads * V) && at < numel; ++i, at += kThreads * V) {
+    if (Layout::kWholePacks || at + V <= numel) {
+      note(element.template run<V>(layout.at(at)));
+    } else {
+#pragma unroll 1
+      for (uint32_t one = at; one < numel; ++one) note(element.template run<1>(layout.at(one)));
     }
   }
   if (seen) note_largest(seen, largest);
@@ -91,7 +142,7 @@ __global__ void __launch_bounds__(kThreads)
 // The operands' addresses are in the order of the axes.
 template <class T, int K, class Element>
 void sweep(const char* op, const Tensor& model, const Axes<K>& axes, const Tensor* seen,
-           const void* const (&operands)[K], const Element& element) {
+           const void* const (&operands)[K], const Element& whole) {
   using Bits = bits_t<wide_t<T>>;
   const OnDeviceOf device(model);
   Bits* largest = nullptr;
@@ -100,11 +151,21 @@ void sweep(const char* op, const Tensor& model, const Axes<K>& axes, const Tenso
     const cudaError_t error = cudaMemsetAsync(largest, 0, sizeof(Bits), device.stream());
     RLRP_CHECK(error == cudaSuccess, op, "memory could not be set: ", cudaGetErrorString(error));
   }
-  const int64_t numel = axes.numel();
   constexpr int V = kElementsAtOnce<T>;
-  const auto kernel =
-      comes_in_packs<V>(axes, operands) ? sweep_kernel<T, K, V, Element> : sweep_kernel<T, K, 1, Element>;
-  launch(op, kernel, ceil_div(numel, kPiece<T>), device, axes, numel, largest, element);
+  in_parts(axes, kMost, [&](const Axes<K>& part, const Offsets<K>& offset) {
+    const Element element = whole.behind(offset);
+    const auto numel = static_cast<uint32_t>(part.numel());
+    const auto run = [&](auto kernel, const auto& layout) {
+      launch(op, kernel, ceil_div(numel, kPiece<T>), device, layout, numel, largest, element);
+    };
+    if (!comes_in_packs<V>(part, operands)) {
+      run(sweep_kernel<T, 1, Strided<K>, Element>, Strided<K>(part));
+    } else if (part.rank == 1) {
+      run(sweep_kernel<T, V, Flat<K>, Element>, Flat<K>(part));
+    } else {
+      run(sweep_kernel<T, V, Strided<K>, Element>, Strided<K>(part));
+    }
+  });
 }
 
 // ---- what is computed ----
@@ -114,6 +175,13 @@ struct Map {
   static constexpr int kTo = Function::kTo, kFrom = Function::kFrom;
   T* to[kTo];
   const T* from[kFrom];
+
+  Map behind(const Offsets<kTo + kFrom>& offset) const {
+    Map map = *this;
+    for (int k = 0; k < kTo; ++k) map.to[k] += offset.of[k];
+    for (int k = 0; k < kFrom; ++k) map.from[k] += offset.of[kTo + k];
+    return map;
+  }
 
   template <int V>
   __device__ bits_t<wide_t<T>> run(const Where<kTo + kFrom>& where) const {
@@ -143,6 +211,11 @@ struct Finish {
   const wide_t<T>* scale;
   const wide_t<T>* shift;
   bool relu;
+
+  Finish behind(const Offsets<4>& offset) const {
+    return {y + offset.of[0], other ? other + offset.of[1] : nullptr, scale ? scale + offset.of[2] : nullptr,
+            shift ? shift + offset.of[3] : nullptr, relu};
+  }
 
   template <int V>
   __device__ bits_t<wide_t<T>> run(const Where<4>& where) const {

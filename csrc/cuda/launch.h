@@ -11,6 +11,13 @@ namespace rlrp {
 
 constexpr int kThreads = 256;
 
+// The most elements of a launch, and the furthest that one of its operands reaches: so 32 bits hold every index.
+#ifdef RLRP_MOST  // which tests make small, to see parts
+constexpr int64_t kMost = RLRP_MOST;
+#else
+constexpr int64_t kMost = int64_t{1} << 30;
+#endif
+
 // While it lives, the tensor's device is the current one.
 class OnDeviceOf {
  public:

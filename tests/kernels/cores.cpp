@@ -54,6 +54,33 @@ void check_axes() {
   EXPECT(simplify<3>(0, size, mixed).numel() == 1);
 }
 
+// Parts cover every element once, none reaches too far, and packs begin where parts do.
+void check_parts() {
+  const int64_t size[3] = {3, 40, 64};
+  const int64_t dense[3] = {2560, 64, 1}, far[3] = {64, 1000000, 1}, columns[3] = {0, 1, 0};
+  const int64_t* const strides[3] = {dense, far, columns};
+  const Axes<3> axes = simplify<3>(3, size, strides);
+  for (const int64_t most : {40, 300, 5000, 2000000, 100000000}) {
+    std::vector<int> seen(axes.numel(), 0);
+    int count = 0;
+    in_parts(axes, most, [&](const Axes<3>& part, const Offsets<3>& from) {
+      ++count;
+      for (int64_t i = 0; i < part.numel(); ++i) {
+        int64_t o[3];
+        part.offsets(i, o);
+        for (int k = 0; k < 3; ++k) EXPECT(o[k] < most);
+        const int64_t at = from.of[0] + o[0];
+        ++seen[at];
+        EXPECT(from.of[1] + o[1] == at / 2560 * 64 + at / 64 % 40 * 1000000 + at % 64);
+        EXPECT(from.of[2] + o[2] == at / 64 % 40);
+      }
+      for (int k = 0; k < 2; ++k) EXPECT(from.of[k] % 16 == 0);
+    });
+    for (int each : seen) EXPECT(each == 1);
+    EXPECT((count == 1) == (most == 100000000));
+  }
+}
+
 // The inputs of an output are numbered from 0, and there is room for their number and for the outputs'.
 void check_counts(const Window& w) {
   for (int64_t o = 0; o < w.out; ++o) {
@@ -196,6 +223,7 @@ void check_pooling() {
 
 int main() {
   check_axes();
+  check_parts();
   check_windows();
   check_halves();
   check_shares();

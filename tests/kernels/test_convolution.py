@@ -416,7 +416,9 @@ def test_the_law_is_added_to_what_arrived(channels, kernel, stride, padded, layo
     kept = other.clone()
     expected, _ = reference.conv_relevance(exact(x), exact(weight), exact(r), window)
     arguments = [t.contiguous(memory_format=layout) for t in (x, r, other)]
-    result, _ = compiled.conv_relevance(arguments[0], weight, arguments[1], window, arguments[2])
+    result, _ = compiled.conv_relevance(
+        arguments[0], weight, arguments[1], window, other=arguments[2]
+    )
     agree(result, expected + other, torch.float32, scale=4)
     assert torch.equal(arguments[2], kept)
 
@@ -435,7 +437,7 @@ def test_the_law_of_1x1_that_leaves_out_pixels(size, groups):
     agree(result, expected, torch.float32, scale=4)
     assert seen.isfinite().all()
     other = torch.randn_like(x)
-    both, _ = compiled.conv_relevance(x, weight, r, window, other)
+    both, _ = compiled.conv_relevance(x, weight, r, window, other=other)
     agree(both, expected + other, torch.float32, scale=4)
     read = reference.every(window.stride)
     result[read] = 0

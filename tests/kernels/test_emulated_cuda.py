@@ -38,6 +38,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags = [
         "-std=c++20", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas",
         f"-DTORCH_TARGET_VERSION={stable_abi}", "-DUSE_CUDA",
+        "-DRLRP_MOST=9999",  # launches in parts of so many elements, as else of a billion
         f"-I{EMULATION}", f"-I{ROOT / 'csrc'}", *(f"-isystem{p}" for p in include_paths()),
         f"-include{EMULATION / 'prelude.h'}",
     ]  # fmt: skip
