@@ -162,9 +162,9 @@ def test_further_arguments_are_read_anew(model):
 def test_what_cannot_be_recorded_runs_as_ever(monkeypatch):
     law = compiled.conv_relevance
 
-    def reads(x, weight, r, window):
+    def reads(x, weight, r, window, magnitude=None):
         assert r.sum().item() <= 1  # on the host
-        return law(x, weight, r, window)
+        return law(x, weight, r, window, magnitude)
 
     monkeypatch.setattr(compiled, "conv_relevance", reads)
     torch.manual_seed(0)
