@@ -31,6 +31,7 @@ from .plan.steps import Final
 from .run.capturing import Captured
 from .run.engine import Engine
 from .run.recording import Recordings
+from .run.wide import wide_enough
 from .targets import any_target, at_hand, region, several, start_at
 
 Backend = Literal["auto", "compiled", "reference"]
@@ -507,17 +508,12 @@ class LayerRelativeLRP(_Explainer, LayerAttribution):
 
 
 def _finish(part: Tensor, dtype: torch.dtype) -> Tensor:
-    return part.to(_wide_enough(dtype)).contiguous()
-
-
-def _wide_enough(dtype: torch.dtype) -> torch.dtype:
-    """float32 for float16: shares of a unit are often less than the least that it holds, 6e-8."""
-    return torch.float32 if dtype == torch.float16 else dtype
+    return part.to(wide_enough(dtype)).contiguous()
 
 
 def _dtype_of(x: Tensor) -> torch.dtype:
     """That of the relevance at an input."""
-    return _wide_enough(x.dtype) if x.is_floating_point() else torch.float32
+    return wide_enough(x.dtype) if x.is_floating_point() else torch.float32
 
 
 def _delta_dtype(x: Tensor) -> torch.dtype:

@@ -103,6 +103,14 @@ def test_modules_that_do_not_load_are_built(check: Check) -> None:
     assert check.results == [("device", "passed"), *first, *((n, "passed") for n in PARTS[2:])]
 
 
+def test_nothing_is_built_because_loading_takes_long(check: Check) -> None:
+    check.fake("load", HANGS)
+    assert check.run("10") == 1
+    assert check.results == [
+        (n, "stopped at its limit" if n == "load" else "passed") for n in PARTS
+    ]
+
+
 def test_modules_that_cannot_be_built(check: Check) -> None:
     check.fake("device", "exit 1")
     check.fake("load", "exit 1")

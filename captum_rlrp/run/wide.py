@@ -16,6 +16,11 @@ from .recording import Begin, Task
 _RANGE = {torch.float32: (1e-25, 1e30), torch.float64: (0.0, 1e290)}
 
 
+def wide_enough(dtype: torch.dtype) -> torch.dtype:
+    """float32 for float16: shares of a unit are often less than the least that it holds, 6e-8."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def unsound(totals: Tensor, dtype: torch.dtype, batch: int) -> list[int]:
     """The samples whose relevance vanished; all where a value is not finite or too large.
 
@@ -55,9 +60,9 @@ def run_wide(task: Task) -> Result:
             "inputs are too large or too small even for float64. Rescale them."
         )
     for node, r in result.relevance.items():
-        dtype = node.meta["val"].dtype
-        if r is None or not dtype.is_floating_point:
+        if r is None or not node.meta["val"].dtype.is_floating_point:
             continue
+        dtype = wide_enough(node.meta["val"].dtype)
         masses = r.abs().flatten(1).amax(1) if r.dim() > 1 else r.abs()
         if bool(((masses > 0) & (masses < torch.finfo(dtype).tiny)).any()):
             raise NonFiniteError(
