@@ -42,13 +42,16 @@ def check_inputs(inputs: Any) -> tuple[Tensor, ...]:
             f"inputs must be a tensor, or a tuple or dict of tensors, not {type(inputs).__name__}. "
             "Other arguments go to additional_forward_args."
         )
-    if any(x.is_nested for x in tensors):
-        raise InputError(
-            "An input is a nested tensor, which has no place for relevance at every element; pass "
-            "a dense one (torch.nested.to_padded_tensor)."
-        )
-    if any(x.dim() == 0 for x in tensors):
-        raise InputError("inputs must have a batch dimension (dimension 0); got a scalar tensor.")
+    for x in tensors:
+        if x.is_nested:
+            raise InputError(
+                "An input is a nested tensor, which has no place for relevance at every element; "
+                "pass a dense one (torch.nested.to_padded_tensor)."
+            )
+        if x.dim() == 0:
+            raise InputError(
+                "inputs must have a batch dimension (dimension 0); got a scalar tensor."
+            )
     if len({x.shape[0] for x in tensors}) > 1:
         sizes = ", ".join(str(tuple(x.shape)) for x in tensors)
         raise InputError(f"inputs must have the same batch size in dimension 0; got {sizes}.")

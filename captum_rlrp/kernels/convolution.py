@@ -23,6 +23,7 @@ from captum_rlrp.kernels.onednn import Operand
 _MULTIPLE = 32  # of which numbers of channels must be
 _FEW_CHANNELS = 4  # of the input, as of an RGB image
 _FEW_PIXELS = 4  # of 1×1, up to which laying out its filters takes longer than is gained
+_FEW_PRODUCTS = 2**17  # of rows, for which matrices of magnitudes are quick to make
 _TAPS = range(3, 33)  # along one axis alone
 _TAPS_OF_BOTH = range(3, 8)
 _TAPS_OF_FEW = range(2, 33)
@@ -114,8 +115,7 @@ def divides_rows(rows: Operand, weight: Tensor) -> bool:
         and len(rows.shape) == weight.dim() == 2
         and rows.device.type == "cpu"
         and rows.dtype == weight.dtype == torch.float32
-        and 0 not in rows.shape
-        and weight.numel() > 0
+        and rows.shape[0] * weight.numel() >= _FEW_PRODUCTS
         and all(size % _MULTIPLE == 0 for size in weight.shape)
     )
 
@@ -188,9 +188,10 @@ def divide(r: Tensor, x: Tensor, filters: Filters) -> tuple[Tensor, Tensor]:
 
 def divide_rows(r: Tensor, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """``s = r / (rows |weight|ᵀ)``, as :func:`divide`: a matrix of magnitudes is never made."""
-    filters = Filters(weight[..., None, None], None, None, [1, 1], [0, 0])
-    s, total = divide(r[..., None, None], rows[..., None, None], filters)
-    return s[..., 0, 0], total
+    image, pixels = r.reshape(len(rows), -1, 1, 1), rows.view(*rows.shape, 1, 1)
+    taps = weight.view(*weight.shape, 1, 1)
+    s, total = ops.convolution_divide.default(image, pixels, taps, [1, 1], [0, 0])
+    return s.view(r.shape), total
 
 
 def product(x: Tensor, s: Tensor, filters: Filters) -> Tensor:

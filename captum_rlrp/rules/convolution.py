@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from ..graph.sign import is_nonnegative
 from ..kernels.reference import Window, ints
-from .base import Call, Rule, Slot
+from .base import Call, Rule, Slot, cast, once
 from .dense import MatrixProduct
 from .linear import LinearRule
 
@@ -37,6 +37,7 @@ class Convolution(LinearRule):
             return None
         return self if len(call.active) == 1 else MatrixProduct(Convolution)
 
+    @once
     def _of_image(self, call: Call) -> bool:
         """Whether it is linear in a batch of images, with padding alike on both sides."""
         same_rank = len(call.shape("input")) == len(call.shape("weight"))
@@ -45,19 +46,20 @@ class Convolution(LinearRule):
     def transpose(self, run: Pass, call: Call, g: Tensor, *, absolute: bool = False) -> Tensor:
         if not self._of_image(call):
             return super().transpose(run, call, g, absolute=absolute)
-        weight = run.value(call.args["weight"]).to(g.dtype)
+        weight = cast(run.value(call.args["weight"]), g.dtype)
         shape = run.like(call.args["input"]).shape
         return run.kernels.conv(g, weight.abs() if absolute else weight, shape, _window(call))
 
     def shares(self, run: Pass, call: Call, x: Tensor, r: Tensor) -> Tensor:
         if not self._of_image(call):
             return super().shares(run, call, x, r)
-        weight = run.value(call.args["weight"]).to(r.dtype)
+        weight = cast(run.value(call.args["weight"]), r.dtype)
         absolute = x if is_nonnegative(self.operand(call)) else x.abs()
         result, seen = run.kernels.conv_relevance(absolute, weight, r, _window(call))
         run.check(seen)
         return result
 
+    @once
     def one_to_one(self, call: Call) -> bool:
         if self.slot(call)[0] != "input":
             return False
@@ -81,6 +83,7 @@ class Convolution(LinearRule):
         return run.kernels.conv(r.unsqueeze(0), ones, (1, *shape), _window(call)).squeeze(0)
 
 
+@once
 def window(call: Call) -> Window | None:
     """The convolution's window; None where "same" pads more on one side than on the other."""
     rank = len(call.shape("weight")) - 2

@@ -79,7 +79,7 @@ class Pass:
 
     def check(self, total: Tensor) -> None:
         """Notes numbers that have to be finite, and moderate (:attr:`checked`)."""
-        self.checked.append(total.reshape(-1))
+        self.checked.append(total if total.dim() else total.reshape(1))
 
     def evaluate(
         self,

@@ -128,23 +128,23 @@ class Engine(Capturing):
         args = (*inputs, *additional)
         batch = len(inputs[0]) if batch is None else batch
         captured, parameters = self._bound(args, len(inputs), batch, wanted, key, form)
-        if captured.rows is not None:
-            with self._memory:
-                return self._run_graphs(captured, parameters, args, start, measure_delta)
         size, portion = internal_batch_size or batch, captured.portion or batch
         if captured.per_sample:
             size = 1
         elif internal_batch_size is None and portion < batch:
             size = divide(batch, portion)
-        parts = []
         with self._memory:
+            if captured.rows is not None:
+                return self._run_graphs(captured, parameters, args, start, measure_delta)
+            if size >= batch:
+                rows = slice(0, batch)
+                return self._run(captured, parameters, args, rows, start, measure_delta)
+            parts = []
             for first in range(0, batch, size):
                 rows = slice(first, min(first + size, batch))
-                some = args
-                if size < batch:
-                    pairs = zip(args, captured.batched, strict=True)
-                    some = tuple(take(arg, rows, batched) for arg, batched in pairs)
-                if size < batch and captured.program.graph.guards:  # forward may take another way
+                pairs = zip(args, captured.batched, strict=True)
+                some = tuple(take(arg, rows, batched) for arg, batched in pairs)
+                if captured.program.graph.guards:  # forward may take another way
                     begin = _within(start, rows.start)
                     few, rest = some[: len(inputs)], some[len(inputs) :]
                     parts.append(
@@ -152,8 +152,6 @@ class Engine(Capturing):
                     )
                 else:
                     parts.append(self._run(captured, parameters, some, rows, start, measure_delta))
-        if len(parts) == 1:
-            return parts[0]
         relevance = [
             torch.cat(values) for values in zip(*(p.relevance for p in parts), strict=True)
         ]
@@ -250,15 +248,12 @@ class Engine(Capturing):
         start: StartFunction | Sequence[StartFunction],
         measure_delta: bool,
     ) -> Explanation:
-        graph = captured.program.graph
         with torch.no_grad(), no_autocast(args):
             values = self._values(captured, parameters, args)
-            inputs = {n: values[n] for n in graph.inputs if isinstance(values[n], Tensor)}
             starts = [start] if callable(start) else start
             task = Task(
                 captured.program,
                 values,
-                inputs,
                 captured.explained,
                 _at(starts[0], rows),
                 rows.stop - rows.start,
@@ -303,7 +298,7 @@ class Engine(Capturing):
             values = self._values(captured, parameters, some)
             begin = _at(start, slice(rows.start + i, rows.start + i + 1))
             wide = run_wide(
-                Task(captured.plain, values, {}, task.explained, begin, 1, task.measure_delta)
+                Task(captured.plain, values, task.explained, begin, 1, task.measure_delta)
             )
             for whole, part in zip(
                 found.relevance, self._parts(captured, values, wide), strict=True
