@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from captum_rlrp.kernels import convolution, extension, onednn, reference
@@ -42,6 +43,7 @@ working_memory = extension.WorkingMemory
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MAX_AXES = 8
+_FEW_PRODUCTS = 2**17  # of a dense layer, up to which fewer calls count for more than faster ones
 
 
 def _covers(first: Tensor, *others: Tensor) -> bool:
@@ -78,6 +80,9 @@ def multiply(x: Tensor, g: Tensor, *, absolute: bool = False) -> Tensor:
 def linear_relevance(x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`captum_rlrp.kernels.reference.linear_relevance`."""
     size = x.abs()
+    if x.numel() * weight.shape[0] < _FEW_PRODUCTS:
+        s, seen = divide(r, F.linear(size, weight.abs()))
+        return multiply(x, s @ weight), seen
     rows = size.flatten(0, -2) if x.dim() > 2 else size
     if convolution.divides_rows(rows, weight) and r.dtype == torch.float32:
         s, seen = convolution.divide_rows(r, rows, weight)
@@ -309,7 +314,7 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     """``x Wᵀ``."""
     if onednn.multiplies(x, weight):
         return onednn.linear(x, weight)
-    return torch.nn.functional.linear(x, weight)
+    return F.linear(x, weight)
 
 
 def _conv_by_matmul(

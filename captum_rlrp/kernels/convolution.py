@@ -23,7 +23,6 @@ from captum_rlrp.kernels.onednn import Operand
 _MULTIPLE = 32  # of which numbers of channels must be
 _FEW_CHANNELS = 4  # of the input, as of an RGB image
 _FEW_PIXELS = 4  # of 1×1, up to which laying out its filters takes longer than is gained
-_FEW_PRODUCTS = 2**17  # of rows, for which matrices of magnitudes are quick to make
 _TAPS = range(3, 33)  # along one axis alone
 _TAPS_OF_BOTH = range(3, 8)
 _TAPS_OF_FEW = range(2, 33)
@@ -115,7 +114,8 @@ def divides_rows(rows: Operand, weight: Tensor) -> bool:
         and len(rows.shape) == weight.dim() == 2
         and rows.device.type == "cpu"
         and rows.dtype == weight.dtype == torch.float32
-        and rows.shape[0] * weight.numel() >= _FEW_PRODUCTS
+        and 0 not in rows.shape
+        and weight.numel() > 0
         and all(size % _MULTIPLE == 0 for size in weight.shape)
     )
 

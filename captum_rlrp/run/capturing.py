@@ -331,7 +331,7 @@ def _owner(model: nn.Module, name: str) -> tuple[weakref.ref[nn.Module], str]:
 
 
 def _attribute(owner: nn.Module, name: str) -> Tensor:
-    value = owner._parameters.get(name)
+    value: Any = owner._parameters.get(name)
     if value is None:
         value = owner._buffers.get(name)
     return operator.attrgetter(name)(owner) if value is None else value

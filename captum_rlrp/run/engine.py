@@ -126,7 +126,7 @@ class Engine(Capturing):
         """
         form = form or self.form
         args = (*inputs, *additional)
-        batch = len(inputs[0]) if batch is None else batch
+        batch = inputs[0].shape[0] if batch is None else batch
         captured, parameters = self._bound(args, len(inputs), batch, wanted, key, form)
         size, portion = internal_batch_size or batch, captured.portion or batch
         if captured.per_sample:

@@ -169,7 +169,8 @@ class Program:
 
 
 def _like(value: Tensor) -> Like:
-    return Like(value.shape, value.dtype, value.device, memory_format(value))
+    layout = memory_format(value) if value.dim() > 3 else torch.contiguous_format
+    return Like(value.shape, value.dtype, value.device, layout)
 
 
 def _own(r: Tensor) -> Tensor:
