@@ -82,6 +82,12 @@ class Pad(Move):
         overrides = {"value": 0.0} if call.args.get("value") else {}
         return run.evaluate(call, {self.slot(call): x}, overrides=overrides)
 
+    def transpose(self, run: Pass, call: Call, g: Tensor, *, absolute: bool = False) -> Tensor:
+        sizes = call.args.get("pad", [None])
+        if call.args.get("mode") in (None, "constant") and all(type(n) is int for n in sizes):
+            return aten.constant_pad_nd(g, [-n for n in sizes])
+        return super().transpose(run, call, g, absolute=absolute)
+
 
 class Overlapping(LinearRule):
     """Any other linear op of one operand whose coefficients are not negative.
