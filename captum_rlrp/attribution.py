@@ -28,6 +28,7 @@ from .graph.layers import layer_calls, leaf_calls, module_names, tied_names
 from .inputs import batch_of, check_inputs, named_inputs
 from .kernels import get_backend, is_reference_forced
 from .plan.steps import Final
+from .rules.base import cast
 from .run.capturing import Captured
 from .run.engine import Engine
 from .run.recording import Recordings
@@ -277,7 +278,7 @@ class RelativeLRP(_Explainer, Attribution):
         given, form = named_inputs(inputs, self._engine.model, self._engine.form)
         tensors: tuple[Tensor, ...] = check_inputs(given)
         additional: tuple[Any, ...] = _format_additional_forward_args(additional_forward_args) or ()
-        batch = len(tensors[0])
+        batch = tensors[0].shape[0]
         if internal_batch_size is not None and not (
             isinstance(internal_batch_size, int) and internal_batch_size >= 1
         ):
@@ -508,7 +509,7 @@ class LayerRelativeLRP(_Explainer, LayerAttribution):
 
 
 def _finish(part: Tensor, dtype: torch.dtype) -> Tensor:
-    return part.to(wide_enough(dtype)).contiguous()
+    return cast(part, wide_enough(dtype)).contiguous()
 
 
 def _dtype_of(x: Tensor) -> torch.dtype:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from captum._utils.common import _format_tensor_into_tuples
 from torch import Tensor, nn
 
 from .errors import InputError
@@ -34,22 +33,24 @@ def check_inputs(inputs: Any) -> tuple[Tensor, ...]:
     Raises:
         InputError: If they are something else, or differ in the size of the batch.
     """
-    tensors: tuple[Tensor, ...] = (
-        _format_tensor_into_tuples(inputs) if isinstance(inputs, (Tensor, tuple)) else ()
-    )
-    if not tensors or not all(isinstance(x, Tensor) for x in tensors):
+    tensors: tuple[Any, ...] = (inputs,) if isinstance(inputs, Tensor) else inputs
+    is_tuple = isinstance(tensors, tuple) and tensors
+    if not is_tuple or not all(isinstance(x, Tensor) for x in tensors):
         raise InputError(
             f"inputs must be a tensor, or a tuple or dict of tensors, not {type(inputs).__name__}. "
             "Other arguments go to additional_forward_args."
         )
-    if any(x.is_nested for x in tensors):
-        raise InputError(
-            "An input is a nested tensor, which has no place for relevance at every element; pass "
-            "a dense one (torch.nested.to_padded_tensor)."
-        )
-    if any(x.dim() == 0 for x in tensors):
-        raise InputError("inputs must have a batch dimension (dimension 0); got a scalar tensor.")
-    if len({x.shape[0] for x in tensors}) > 1:
+    for x in tensors:
+        if x.is_nested:
+            raise InputError(
+                "An input is a nested tensor, which has no place for relevance at every element; "
+                "pass a dense one (torch.nested.to_padded_tensor)."
+            )
+        if x.dim() == 0:
+            raise InputError(
+                "inputs must have a batch dimension (dimension 0); got a scalar tensor."
+            )
+    if len(tensors) > 1 and len({x.shape[0] for x in tensors}) > 1:
         sizes = ", ".join(str(tuple(x.shape)) for x in tensors)
         raise InputError(f"inputs must have the same batch size in dimension 0; got {sizes}.")
     return tensors

@@ -53,7 +53,6 @@ def start_at(
             f"target {_short(target)} selects {chosen.numel() // batch} scores per sample of the "
             f"output of shape {shape}; an explanation needs one: {_target_hint(shape)}."
         )
-    chosen = chosen.reshape(-1)
     start.view(-1).index_fill_(0, chosen, 1)
     if len(shape) != 2:
         return start, None
@@ -100,14 +99,15 @@ def _choose(output: Tensor, target: Any, whole: int, rows: slice, name: str) -> 
             many = numbers * shape[0] if len(numbers) == 1 else numbers
             chosen = [i * shape[1] + n % shape[1] for i, n in enumerate(many)]
             # Without waiting for a GPU, which still runs the forward.
-            return torch.tensor(chosen, dtype=torch.int64).to(output.device, non_blocking=True)
+            at = torch.tensor(chosen, dtype=torch.int64)
+            return at if output.is_cpu else at.to(output.device, non_blocking=True)
     positions = torch.arange(output.numel(), device=output.device).view(shape)
     if isinstance(given, Tensor):
         given = given.to(positions.device)
         # A negative index counts from the end, as in a list.
         given = given % shape[1] if given.numel() > 1 or len(shape) == 2 else given
     try:
-        return _select_targets(positions, given)
+        return _select_targets(positions, given).reshape(-1)
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise wrong(f"{error}. It must be {_target_hint(shape)}") from error
 

@@ -293,6 +293,15 @@ def test_behind_a_convolution(name: str, final: bool) -> None:
     check_chain(links, 2, *[4, 3, 3][:n])
 
 
+@pytest.mark.parametrize("value", [0.0, 0.5, -0.5])
+def test_padding_between_convolutions(value: float) -> None:
+    pad = Call(lambda x: F.pad(x, (1, 0, -1, 2), value=value))
+    first = [("spatial", nn.Conv2d(2, 4, 3)), ("act", nn.ReLU())]
+    check_chain(
+        [*first, ("move", pad), ("spatial", nn.Conv2d(4, 3, 2)), ("act", nn.ReLU())], 2, 6, 6
+    )
+
+
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("affine", [True, False])
 def test_batch_norm_alone_passes_relevance_through(dims: int, affine: bool) -> None:

@@ -297,7 +297,7 @@ def test_only_tasks_of_one_device_are_recorded():
     here, there = torch.ones(2), torch.ones(2, device="meta")
 
     def device(*values):
-        return Task(None, dict(enumerate(values)), {}, [], None, 2, False).device
+        return Task(None, dict(enumerate(values)), [], None, 2, False).device
 
     assert device(here, here, 3) == here.device
     assert device(here, there) is None

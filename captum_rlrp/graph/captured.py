@@ -37,7 +37,7 @@ class CapturedGraph:
 
     def admits(self, batch_size: int) -> bool:
         """Whether forward takes the way that was captured for a batch of this size."""
-        return all(
+        return not self.guards or all(
             guard.subs(dict.fromkeys(guard.free_symbols, batch_size)) == sympy.true
             for guard in self.guards
         )

@@ -30,62 +30,61 @@ class Fingerprint:
     def __init__(self, model: nn.Module, after: nn.Module) -> None:
         twins = dict(after.named_modules())
         self._modules = [
-            _Remembered(module, twins.get(name)) for name, module in model.named_modules()
+            (
+                weakref.ref(module),  # another may have the id of one that is gone
+                type(module),
+                type(module).forward,
+                _structure(module),
+                _settings(module, twins.get(name)).items(),
+            )
+            for name, module in model.named_modules()
         ]
         self._hooks = _global_hooks()
         self._ties = _ties(model)
 
     def fits(self, model: nn.Module) -> bool:
         """Whether nothing has changed since."""
-        return (
-            all(module.is_as_it_was() for module in self._modules)
-            and self._hooks == _global_hooks()
-            and (not self._ties or self._ties == _ties(model))
-        )
+        for reference, kind, forward, structure, settings in self._modules:
+            module = reference()
+            if (
+                module is None
+                or type(module) is not kind
+                or kind.forward is not forward
+                or _structure(module) != structure
+                or not settings <= module.__dict__.items()
+            ):
+                return False
+        return self._hooks == _global_hooks() and (not self._ties or self._ties == _ties(model))
 
 
-class _Remembered:
-    """One module."""
-
-    def __init__(self, module: nn.Module, after: nn.Module | None) -> None:
-        self._module = weakref.ref(module)
-        self._kind = type(module)
-        self._forward = type(module).forward
-        self._structure = _structure(module)
-        changed = vars(after) if after is not None else {}
-        known = self._kind.__module__.startswith("torch.nn.")
-        settings: dict[str, Any] = {}
-        for name, value in vars(module).items():
-            if name in _IGNORED or (name.startswith("_") and known):
-                continue
-            if isinstance(value, _CALLABLE):
-                settings[name] = value
-            elif _is_setting(value) and (name not in changed or changed[name] == value):
-                settings[name] = value.copy() if isinstance(value, (list, dict, set)) else value
-        self._settings = settings.items()
-
-    def is_as_it_was(self) -> bool:
-        """Whether nothing has changed since."""
-        module = self._module()  # another may have the id of one that is gone
-        return (
-            module is not None
-            and type(module) is self._kind
-            and self._kind.forward is self._forward
-            and _structure(module) == self._structure
-            and self._settings <= vars(module).items()
-        )
+def _settings(module: nn.Module, after: nn.Module | None) -> dict[str, Any]:
+    """The plain attributes that forward may read."""
+    changed = vars(after) if after is not None else {}
+    known = type(module).__module__.startswith("torch.nn.")
+    settings: dict[str, Any] = {}
+    for name, value in vars(module).items():
+        if name in _IGNORED or (name.startswith("_") and known):
+            continue
+        if isinstance(value, _CALLABLE):
+            settings[name] = value
+        elif _is_setting(value) and (name not in changed or changed[name] == value):
+            settings[name] = value.copy() if isinstance(value, (list, dict, set)) else value
+    return settings
 
 
 def _structure(module: nn.Module) -> Hashable:
     """Which children, parameters and hooks a module has. The ids of hooks never come again."""
+    has = module.__dict__
     return (
-        module.training,
-        *map(id, module._modules.values()),
-        *[name for name, value in module._parameters.items() if value is not None],
-        *[name for name, value in module._buffers.items() if value is not None],
-        *module._forward_hooks,
-        *module._forward_pre_hooks,
-        "forward" in vars(module),
+        has["training"],
+        "forward" in has,
+        *map(id, has["_modules"].values()),
+        *has["_parameters"],
+        *map(type, has["_parameters"].values()),  # some are None
+        *has["_buffers"],
+        *map(type, has["_buffers"].values()),
+        *has["_forward_hooks"],
+        *has["_forward_pre_hooks"],
     )
 
 

@@ -22,8 +22,9 @@ _KEEPS = _names(
     "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d mean sum amax cat stack add mul "
     "dropout feature_dropout reshape view flatten unflatten squeeze unsqueeze permute transpose "
     "expand slice select clone contiguous to _to_copy alias upsample_nearest2d upsample_bilinear2d "
-    "pixel_shuffle"
+    "pixel_shuffle pad constant_pad_nd"
 )
+_TAKES_NUMBERS = _names("add mul pad constant_pad_nd")
 
 
 def is_nonnegative(node: Node) -> bool:
@@ -43,9 +44,8 @@ def _infer(node: Node) -> bool:
     if name in _NOT_NEGATIVE:
         return True
     operands = node.all_input_nodes
-    numbers = (
-        [a for a in node.args if isinstance(a, (int, float))] if name in ("add", "mul") else []
-    )
+    given = (*node.args, *node.kwargs.values()) if name in _TAKES_NUMBERS else ()
+    numbers = [a for a in given if isinstance(a, (int, float))]
     if (
         name not in _KEEPS
         or not operands

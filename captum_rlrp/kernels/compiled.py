@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from captum_rlrp.kernels import convolution, extension, fakes, onednn, reference
@@ -43,17 +44,17 @@ if extension.available():
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MAX_AXES = 8
+_FEW_PRODUCTS = 2**17  # of a dense layer, up to which fewer calls count for more than faster ones
 
 
 def _covers(first: Tensor, *others: Tensor) -> bool:
     """Whether the extension runs on tensors of this device and (common) dtype."""
-    device, dtype = first.device, first.dtype
     for t in others:
-        if t.dtype != dtype or t.device != device:
+        if t.dtype != first.dtype or t.device != first.device:
             return False
     return (
-        (device.type == "cpu" or (device.type == "cuda" and extension.cuda_available()))
-        and dtype in DTYPES
+        (first.is_cpu or (first.is_cuda and extension.cuda_available()))
+        and first.dtype in DTYPES
         and 1 <= first.dim() <= MAX_AXES
     )
 
@@ -73,7 +74,7 @@ def multiply(x: Tensor, g: Tensor, *, absolute: bool = False) -> Tensor:
     """See :func:`captum_rlrp.kernels.reference.multiply`."""
     if not _covers(x, g):
         return reference.multiply(x, g, absolute=absolute)
-    q: Tensor = ops.multiply.default(x, g.expand_as(x), absolute)
+    q: Tensor = ops.multiply.default(x, g if g.shape == x.shape else g.expand_as(x), absolute)
     return q
 
 
@@ -81,12 +82,15 @@ def linear_relevance(
     x: Tensor, weight: Tensor, r: Tensor, magnitude: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See :func:`captum_rlrp.kernels.reference.linear_relevance`."""
-    rows = x.abs().flatten(0, -2) if x.dim() > 1 else x.abs().unsqueeze(0)
+    size = x.abs()
+    if x.numel() * weight.shape[0] < _FEW_PRODUCTS:
+        s, seen = divide(r, F.linear(size, weight.abs() if magnitude is None else magnitude))
+        return multiply(x, s @ weight), seen
+    rows = size.flatten(0, -2) if x.dim() > 2 else size
     if convolution.divides_rows(rows, weight) and r.dtype == torch.float32:
-        quotients, seen = convolution.divide_rows(r.reshape(len(rows), -1), rows, weight)
-        s = quotients.view(r.shape)
+        s, seen = convolution.divide_rows(r, rows, weight)
     else:
-        s, seen = divide(r, _product(x.abs(), weight.abs() if magnitude is None else magnitude))
+        s, seen = divide(r, _product(size, weight.abs() if magnitude is None else magnitude))
     return multiply(x, linear(s, weight)), seen
 
 
@@ -156,15 +160,16 @@ def finish_(
     """See :func:`captum_rlrp.kernels.reference.finish_`."""
     if not _covers(y, *(() if other is None else (other,))):
         return reference.finish_(y, scale, shift, other, relu=relu)
-    wide = reference.accumulation_dtype(y.dtype)
-    scale, shift = (None if v is None else v.to(wide) for v in (scale, shift))
+    if scale is not None or shift is not None:
+        wide = reference.accumulation_dtype(y.dtype)
+        scale, shift = (None if v is None else v.to(wide) for v in (scale, shift))
     seen: Tensor = ops.finish_.default(y, scale, shift, other, relu)
     return seen
 
 
 def sums(values: Sequence[Tensor]) -> Tensor:
     """See :func:`captum_rlrp.kernels.reference.sums`."""
-    if all(v.device.type == "cpu" and v.dtype in DTYPES for v in values):
+    if all(v.is_cpu and v.dtype in DTYPES for v in values):
         result: Tensor = ops.sums.default(values)
         return result
     return reference.sums(values)
@@ -320,7 +325,7 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     """``x Wᵀ``."""
     if onednn.multiplies(x, weight):
         return onednn.linear(x, weight)
-    return torch.nn.functional.linear(x, weight)
+    return F.linear(x, weight)
 
 
 def _conv_by_matmul(

@@ -200,9 +200,10 @@ def divide(r: Tensor, x: Tensor, filters: Filters) -> tuple[Tensor, Tensor]:
 
 def divide_rows(r: Tensor, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """``s = r / (rows |weight|ᵀ)``, as :func:`divide`: a matrix of magnitudes is never made."""
-    filters = Filters(weight[..., None, None], None, None, [1, 1], [0, 0])
-    s, total = divide(r[..., None, None], rows[..., None, None], filters)
-    return s[..., 0, 0], total
+    image, pixels = r.reshape(len(rows), -1, 1, 1), rows.view(*rows.shape, 1, 1)
+    taps = weight.view(*weight.shape, 1, 1)
+    s, total = ops.convolution_divide.default(image, pixels, taps, [1, 1], [0, 0])
+    return s.view(r.shape), total
 
 
 def product(x: Tensor, s: Tensor, filters: Filters, other: Tensor | None = None) -> Tensor:

@@ -286,12 +286,9 @@ class Linear(_OneCall):
 
     def __call__(self, run: Pass) -> Tensor:
         args = self.call.args
-        x, weight = run.value(args["input"]), run.value(args["weight"])
-        bias = run.value(args["bias"])
-        if onednn.multiplies(x, weight):
-            return onednn.linear(x, weight, bias)
-        y: Tensor = self.call.target(x, weight, bias)
-        return y
+        x, weight, bias = (run.value(args[name]) for name in ("input", "weight", "bias"))
+        product = onednn.linear if onednn.multiplies(x, weight) else torch.nn.functional.linear
+        return product(x, weight, bias)
 
 
 Instruction = FusedConvolution | InPlace | Linear | ReluInPlace | WinnersPool

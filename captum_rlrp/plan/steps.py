@@ -6,6 +6,7 @@ import operator
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,17 +28,17 @@ class Single:
     rule: Rule
     call: Call
 
-    @property
+    @cached_property
     def output(self) -> Node:
         """The value that relevance comes from."""
         return self.call.node
 
-    @property
+    @cached_property
     def carriers(self) -> tuple[Node, ...]:
         """The values that it goes to."""
         return self.rule.carriers(self.call)
 
-    @property
+    @cached_property
     def needs(self) -> tuple[Node, ...]:
         """The values that are read."""
         return self.rule.needs(self.call)
@@ -59,18 +60,18 @@ class Final:
     links: tuple[tuple[LinearRule, Call], ...]
     asked: tuple[Node, ...] = ()
 
-    @property
+    @cached_property
     def output(self) -> Node:
         """The value that relevance comes from."""
         return self.links[-1][1].node
 
-    @property
+    @cached_property
     def carriers(self) -> tuple[Node, ...]:
         """The values that it goes to: the section's input, and those asked for."""
         rule, call = self.links[0]
         return (rule.operand(call), *self.asked)
 
-    @property
+    @cached_property
     def needs(self) -> tuple[Node, ...]:
         """The values that are read."""
         fixed = [node for rule, call in self.links for node in rule.fixed(call)]

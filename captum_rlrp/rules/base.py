@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class Call:
         active: The floating-point operands that depend on the explained inputs.
         item: Which item of the op's results the value is, if it returns several.
         slots: Where each active operand stands. One value may stand in two places.
+        known: What :func:`once` notes.
     """
 
     node: Node
@@ -36,6 +38,7 @@ class Call:
     active: tuple[Node, ...]
     item: int | None = None
     slots: tuple[Slot, ...] = field(default=())
+    known: dict[Any, Any] = field(init=False, repr=False, default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -73,6 +76,22 @@ def nodes_in(value: Any) -> Iterable[Node]:
             yield from nodes_in(item)
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def once(function: F) -> F:
+    """Notes the result at the call, which is the last argument: every run asks again."""
+
+    @functools.wraps(function)
+    def noted(*args: Any) -> Any:
+        key, known = (function, *args[:-1]), args[-1].known
+        if key not in known:
+            known[key] = function(*args)
+        return known[key]
+
+    return noted  # type: ignore[return-value]
+
+
 class Rule:
     """How one kind of call passes relevance on. Rules hold no state and are shared."""
 
@@ -93,6 +112,11 @@ class Rule:
         raise NotImplementedError
 
 
+def cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """As :meth:`Tensor.to`, at no cost where there is nothing to do."""
+    return value if value.dtype == dtype else value.to(dtype)
+
+
 def sum_to(value: Tensor, shape: Sequence[int]) -> Tensor:
     """The transpose of broadcasting."""
-    return value if value.shape == torch.Size(shape) else value.sum_to_size(list(shape))
+    return value if value.shape == shape else value.sum_to_size(list(shape))

@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from ..graph.sign import is_nonnegative
 from ..kernels.reference import Window, ints
-from .base import Call, Rule, Slot
+from .base import Call, Rule, Slot, cast, once
 from .dense import MatrixProduct
 from .linear import LinearRule
 
@@ -37,6 +37,7 @@ class Convolution(LinearRule):
             return None
         return self if len(call.active) == 1 else MatrixProduct(Convolution)
 
+    @once
     def _of_image(self, call: Call) -> bool:
         """Whether it is linear in a batch of images, with padding alike on both sides."""
         same_rank = len(call.shape("input")) == len(call.shape("weight"))
@@ -46,7 +47,7 @@ class Convolution(LinearRule):
         if not self._of_image(call):
             return super().transpose(run, call, g, absolute=absolute)
         node = weight_of(call)
-        weight = run.magnitude(node, g.dtype) if absolute else run.value(node).to(g.dtype)
+        weight = run.magnitude(node, g.dtype) if absolute else cast(run.value(node), g.dtype)
         shape = run.like(call.args["input"]).shape
         return run.kernels.conv(g, weight, shape, _window(call))
 
@@ -55,7 +56,7 @@ class Convolution(LinearRule):
             return super().shares(run, call, x, r)
         node = weight_of(call)
         magnitude = run.magnitude(node, r.dtype) if node in run.magnitudes else None
-        weight = run.value(node).to(r.dtype) if magnitude is None else magnitude
+        weight = cast(run.value(node), r.dtype) if magnitude is None else magnitude
         absolute = x if is_nonnegative(self.operand(call)) else x.abs()
         other = run.take(self.operand(call))
         result, seen = run.kernels.conv_relevance(
@@ -64,6 +65,7 @@ class Convolution(LinearRule):
         run.check(seen)
         return result
 
+    @once
     def one_to_one(self, call: Call) -> bool:
         if self.slot(call)[0] != "input":
             return False
@@ -87,6 +89,7 @@ class Convolution(LinearRule):
         return run.kernels.conv(r.unsqueeze(0), ones, (1, *shape), _window(call)).squeeze(0)
 
 
+@once
 def window(call: Call) -> Window | None:
     """The convolution's window; None where "same" pads more on one side than on the other."""
     rank = len(call.shape("weight")) - 2

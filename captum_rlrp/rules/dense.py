@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .base import Call, Rule, Slot
+from .base import Call, Rule, Slot, cast, once
 from .linear import LinearRule, places
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Dense(LinearRule):
             return None
         return self if len(call.active) == 1 else MatrixProduct(type(self))
 
+    @once
     def one_to_one(self, call: Call) -> bool:
         if "equation" in call.args:
             return _sums_nothing(call, self.slot(call)[1])
@@ -85,6 +87,7 @@ def _sums_nothing(call: Call, operand: int | None) -> bool:
 class Linear(Dense):
     """``aten.linear``: y = x Wᵀ + b."""
 
+    @once
     def _multiplies(self, call: Call) -> bool:
         return self.slot(call)[0] == "input" and len(call.shape("weight")) == 2
 
@@ -93,7 +96,7 @@ class Linear(Dense):
             return super().transpose(run, call, g, absolute=absolute)
         if absolute:
             return run.kernels.linear(g, run.magnitude(call.args["weight"], g.dtype))
-        weight: Tensor = run.value(call.args["weight"]).to(g.dtype)
+        weight: Tensor = cast(run.value(call.args["weight"]), g.dtype)
         if call.node is run.output and run.column is not None:
             return run.kernels.linear_rows(weight, run.column)
         return run.kernels.linear(g, weight)
@@ -103,7 +106,8 @@ class Linear(Dense):
             return super().shares(run, call, x, r)
         node = call.args["weight"]
         magnitude = run.magnitude(node, r.dtype) if node in run.magnitudes else None
-        result, seen = run.kernels.linear_relevance(x, run.value(node).to(r.dtype), r, magnitude)
+        weight = cast(run.value(node), r.dtype)
+        result, seen = run.kernels.linear_relevance(x, weight, r, magnitude)
         run.check(seen)
         return result
 
@@ -163,7 +167,7 @@ class MatrixProduct(Rule):
     """
 
     def __init__(self, linear: Callable[[Slot], LinearRule]) -> None:
-        self.linear = linear
+        self.linear = functools.cache(linear)
 
     def slots(self, call: Call) -> list[Slot]:
         """Where the operands stand that receive relevance."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .base import Call
+from .base import Call, cast
 from .linear import LinearRule, note_violation
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def explain_output(run: Pass, links: Links, r: Tensor, asked: Sequence[Node]) ->
         g = rule.transpose(run, call, g)
         operand = rule.operand(call)
         if operand in asked:
-            found[operand] = _normalised(run, operand, run.value(operand).to(g.dtype) * g)
+            found[operand] = _normalised(run, operand, cast(run.values[operand], g.dtype) * g)
     if run.violation is not None:
         _measure(run, links, r, g, found)
     return [found[node] for node in asked]
@@ -53,8 +53,8 @@ def explain_output(run: Pass, links: Links, r: Tensor, asked: Sequence[Node]) ->
 def _normalised(run: Pass, node: Node, q: Tensor) -> Tensor:
     """q / ‖q‖₁."""
     norm = _norm(run, node, q)
-    inverse = torch.where(norm > 0, 1 / norm, 0.0) + (norm - norm)  # NaN where it is not finite
-    run.check(inverse)
+    inverse, seen = run.kernels.divide(torch.ones_like(norm), norm)
+    run.check(seen)
     return q * run.per_sample(node, inverse, q.shape)
 
 

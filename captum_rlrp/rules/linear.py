@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .base import Call, Rule, Slot
+from .base import Call, Rule, Slot, cast, once
 
 if TYPE_CHECKING:
     from .pass_ import Pass
@@ -45,6 +45,7 @@ class LinearRule(Rule):
         """Where the operand stands that the map is linear in."""
         return call.slots[0]
 
+    @once
     def operand(self, call: Call) -> Node:
         """The operand that the map is linear in."""
         return call.at(self.slot(call))
@@ -120,7 +121,7 @@ class LinearRule(Rule):
     def propagate(self, run: Pass, call: Call, r: Tensor) -> Sequence[Tensor]:
         if self.one_to_one(call):
             return (self.route(run, call, r),)
-        x = run.value(self.operand(call)).to(r.dtype)
+        x = cast(run.values[self.operand(call)], r.dtype)
         result = self.shares(run, call, x, r)
         if run.violation is not None:
             self.measure(run, call, x, r, result)

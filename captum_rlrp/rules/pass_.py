@@ -89,7 +89,7 @@ class Pass:
 
     def check(self, total: Tensor) -> None:
         """Notes numbers that have to be finite, and moderate (:attr:`checked`)."""
-        self.checked.append(total.reshape(-1))
+        self.checked.append(total if total.dim() else total.reshape(1))
 
     def take(self, node: Node) -> Tensor | None:
         """Relevance that has arrived at a value, for a rule that adds it to its own part.

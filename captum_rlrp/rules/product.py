@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..graph.layout import expression
-from .base import Call, Rule, sum_to
+from .base import Call, Rule, once, sum_to
 from .linear import LinearRule
 from .passthrough import PassThrough
 
@@ -30,6 +30,7 @@ class Product(Rule):
             return Scale()
         return PassThrough("other") if call.name in ("div", "true_divide", "divide") else Scale()
 
+    @once
     def carriers(self, call: Call) -> tuple[Node, ...]:
         whole = [expression(size) for size in call.shape(call.node)]
         full = [_own_shape(node) == whole for node in call.active]

@@ -83,8 +83,9 @@ class Pad(Move):
         return run.evaluate(call, {self.slot(call): x}, overrides=overrides)
 
     def transpose(self, run: Pass, call: Call, g: Tensor, *, absolute: bool = False) -> Tensor:
-        if call.name == "constant_pad_nd" or call.args.get("mode") == "constant":
-            return aten.constant_pad_nd.default(g, [-size for size in call.args["pad"]])
+        sizes = call.args.get("pad", [None])
+        if call.args.get("mode") in (None, "constant") and all(type(n) is int for n in sizes):
+            return aten.constant_pad_nd(g, [-n for n in sizes])
         return super().transpose(run, call, g, absolute=absolute)
 
 

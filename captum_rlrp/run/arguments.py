@@ -91,6 +91,8 @@ def has_edges(additional: Sequence[Any]) -> bool:
 
 def device_of(args: Sequence[Any]) -> str:
     """The type of the device that the arguments are on."""
+    if isinstance(args[0], Tensor):
+        return args[0].device.type
     leaves = tree_flatten(list(args))[0]
     return next((a.device.type for a in leaves if isinstance(a, Tensor)), "cpu")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import operator
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -41,6 +43,8 @@ from .trial import Trial
 
 # Integer input → the values that it becomes, each with its indices.
 Becomes = dict[Node, list[tuple[Node, Node]]]
+# Its module, its name there, its node, and what it must be like.
+_Parameter = tuple[weakref.ref[nn.Module], str, Node, torch.Size, torch.dtype, torch.device]
 WantedFunction = Callable[[CapturedGraph, Sequence[Node]], list[Node]]
 
 
@@ -68,7 +72,7 @@ class Captured:
     explained: tuple[Node, ...]
     wanted: tuple[Node, ...]
     becomes: Becomes
-    parameters: tuple[tuple[str, Node, torch.Size, torch.dtype, torch.device], ...]
+    parameters: tuple[_Parameter, ...]
     fingerprint: Fingerprint
     portion: int | None
     batched: Batched
@@ -90,8 +94,8 @@ class Captured:
             return None
         values = {}
         try:
-            for name, node, shape, dtype, device in self.parameters:
-                value = values[node] = _attribute(model, name)
+            for owner, name, node, shape, dtype, device in self.parameters:
+                value = values[node] = _attribute(owner(), name)  # type: ignore[arg-type]
                 if value.shape != shape or value.dtype != dtype or value.device != device:
                     return None
         except AttributeError:
@@ -161,9 +165,10 @@ class Capturing:
         reachable = [tap for tap in taps if tap in made.layouts]
         program = Program(graph, made, self.kernels, reachable, instructions)
         parameters = tuple(
-            (name, node, value.shape, value.dtype, value.device)
+            (owner, rest, node, value.shape, value.dtype, value.device)
             for node, name in graph.parameters.items()
-            for value in (_attribute(self.model, name),)
+            for owner, rest in (_owner(self.model, name),)
+            for value in (_attribute(owner(), rest),)  # type: ignore[arg-type]
         )
         divides = self.fuses and device_of(args) == "cpu"
         portion = find_portion(graph, made.layouts) if divides else None
@@ -315,14 +320,18 @@ def no_autocast(args: Sequence[Any]) -> Any:
     return torch.autocast(device, enabled=False)
 
 
-def _attribute(model: nn.Module, name: str) -> Tensor:
-    *path, last = name.split(".")
-    module: Any = model
-    for part in path:
-        module = module._modules[part] if part in module._modules else getattr(module, part)
-    value = module._parameters.get(last)
+def _owner(model: nn.Module, name: str) -> tuple[weakref.ref[nn.Module], str]:
+    """The innermost module on the way to a parameter, and the rest of the way."""
+    module = model
+    part, dot, rest = name.partition(".")
+    while dot and (child := module._modules.get(part)) is not None:
+        module, name = child, rest
+        part, dot, rest = name.partition(".")
+    return weakref.ref(module), name
+
+
+def _attribute(owner: nn.Module, name: str) -> Tensor:
+    value: Any = owner._parameters.get(name)
     if value is None:
-        value = module._buffers.get(last)
-    if value is None:
-        value = getattr(module, last)
-    return value
+        value = owner._buffers.get(name)
+    return operator.attrgetter(name)(owner) if value is None else value

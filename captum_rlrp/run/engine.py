@@ -153,25 +153,26 @@ class Engine(Capturing):
         """
         form = form or self.form
         args = (*inputs, *additional)
-        batch = len(inputs[0]) if batch is None else batch
+        batch = inputs[0].shape[0] if batch is None else batch
         captured, parameters = self._bound(args, len(inputs), batch, wanted, key, form)
-        if captured.rows is not None:
-            with self._memory:
-                return self._run_graphs(captured, parameters, args, start, measure_delta)
         size, portion = internal_batch_size or batch, captured.portion or batch
         if captured.per_sample:
             size = 1
         elif internal_batch_size is None and portion < batch:
             size = divide(batch, portion)
-        parts: list[Explanation | list[_Found]] = []
         with self._memory:
+            if captured.rows is not None:
+                return self._run_graphs(captured, parameters, args, start, measure_delta)
+            if size >= batch:
+                rows = slice(0, batch)
+                found = self._run(captured, parameters, args, rows, start, measure_delta)
+                return self._settled(found, start)
+            parts: list[Explanation | list[_Found]] = []
             for first in range(0, batch, size):
                 rows = slice(first, min(first + size, batch))
-                some = args
-                if size < batch:
-                    pairs = zip(args, captured.batched, strict=True)
-                    some = tuple(take(arg, rows, batched) for arg, batched in pairs)
-                if size < batch and captured.program.graph.guards:  # forward may take another way
+                pairs = zip(args, captured.batched, strict=True)
+                some = tuple(take(arg, rows, batched) for arg, batched in pairs)
+                if captured.program.graph.guards:  # forward may take another way
                     begin = _within(start, rows.start)
                     few, rest = some[: len(inputs)], some[len(inputs) :]
                     parts.append(
@@ -180,8 +181,6 @@ class Engine(Capturing):
                 else:
                     parts.append(self._run(captured, parameters, some, rows, start, measure_delta))
             settled = [p if isinstance(p, Explanation) else self._settled(p, start) for p in parts]
-        if len(settled) == 1:
-            return settled[0]
         relevance = [
             torch.cat(values) for values in zip(*(p.relevance for p in settled), strict=True)
         ]
@@ -280,15 +279,12 @@ class Engine(Capturing):
         measure_delta: bool,
     ) -> list[_Found]:
         """What is found for each start, without waiting for the device."""
-        graph = captured.program.graph
         with torch.no_grad(), no_autocast(args):
             values = self._values(captured, parameters, args)
-            inputs = {n: values[n] for n in graph.inputs if isinstance(values[n], Tensor)}
             starts = [start] if callable(start) else start
             task = Task(
                 captured.program,
                 values,
-                inputs,
                 captured.explained,
                 _at(starts[0], rows),
                 rows.stop - rows.start,
@@ -339,7 +335,7 @@ class Engine(Capturing):
             first = found.rows.start + i
             begin = _at(found.start, slice(first, first + 1))
             wide = run_wide(
-                Task(captured.plain, values, {}, task.explained, begin, 1, task.measure_delta)
+                Task(captured.plain, values, task.explained, begin, 1, task.measure_delta)
             )
             for whole, part in zip(
                 explanation.relevance, self._parts(captured, values, wide), strict=True

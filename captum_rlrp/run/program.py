@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -15,7 +15,7 @@ from ..errors import NonFiniteError
 from ..graph.capture import CapturedGraph, place_of
 from ..graph.layout import channels_last, memory_format
 from ..plan.instructions import Instruction, batch_norms
-from ..plan.steps import Plan, Single
+from ..plan.steps import Plan, Single, Step
 from ..rules import Like, Pass
 from ..rules.passthrough import PassThrough
 from ..rules.skip import Sum
@@ -35,6 +35,10 @@ class Result:
     relevance: dict[Node, Tensor | None]
     delta: Tensor | None
     likes: Mapping[Node, Like]
+
+
+# A call of the forward: its node, what makes the value, all nodes it stands for, those freed then.
+_Step = tuple[Node, Callable[[Pass], Any], Sequence[Node], list[Node]]
 
 
 class Program:
@@ -62,12 +66,6 @@ class Program:
         self.wanted = tuple(wanted)
         self.instructions = instructions or {}
         self.norms = batch_norms(self.instructions.values())
-        covered = {n for made in self.instructions.values() for n in made.covers}
-        self.calls = [
-            node
-            for node in graph.nodes
-            if node.op == "call_function" and (node in self.instructions or node not in covered)
-        ]
         self.measured = frozenset(n for n in graph.nodes if n in plan.layouts)
         # Activation → its operand, where an infinity could vanish without a trace.
         self.saturates = {
@@ -77,56 +75,66 @@ class Program:
             and isinstance(step.rule, PassThrough)
             and step.rule.saturates(step.call)
         }
-        last: dict[Node, int] = {}
-        for i, node in enumerate(self.calls):
-            made = self.instructions.get(node)
-            for source in made.reads if made is not None else node.all_input_nodes:
-                last[source] = i
-        keep = plan.kept | {graph.output}
-        self.released: list[list[Node]] = [[] for _ in self.calls]
-        for node, i in last.items():
-            if node not in keep:
-                self.released[i].append(node)
+        self.given = [n for n in graph.nodes if n.op == "placeholder" and n in self.measured]
+        self.calls = self._calls()
         # A kept value is freed as soon as the last step that reads it is done.
-        self.finished: list[list[Node]] = [[] for _ in plan.steps]
-        self.magnitudes = groups(plan.steps, plan.layouts)
+        made = groups(plan.steps, plan.layouts)
         seen: set[Node] = set()
+        self.back: list[tuple[Step, list[Node], list[Node]]] = []
         for i, step in enumerate(plan.steps):
-            for node in step.needs:
-                if node not in seen:
-                    seen.add(node)
-                    self.finished[i].append(node)
+            freed = [n for n in dict.fromkeys(step.needs) if n not in seen]
+            self.back.insert(0, (step, made.get(i, []), freed))
+            seen.update(step.needs)
 
-    def forward(self, values: Mapping[Node, Any]) -> Pass:
-        """Runs the model on the values of its placeholders."""
-        run = Pass(self.kernels, dict(values), {}, self.plan.layouts, self.graph.output)
-        values = run.values
+    def _calls(self) -> list[_Step]:
+        """What the forward does."""
+        covered = {n for made in self.instructions.values() for n in made.covers}
+        calls: list[_Step] = []
+        last: dict[Node, list[Node]] = {}
         for node in self.graph.nodes:
-            if node in values and node in self.measured:
-                run.likes[node] = _like(values[node])
+            made = self.instructions.get(node)
+            if node.op != "call_function" or (made is None and node in covered):
+                continue
+            freed: list[Node] = []
+            last.update(dict.fromkeys(made.reads if made else node.all_input_nodes, freed))
+            covers = made.covers if made else (node,) if node in self.measured else ()
+            calls.append((node, made or self._plain(node), covers, freed))
+        for node, freed in last.items():
+            if node not in self.plan.kept and node is not self.graph.output:
+                freed.append(node)
+        return calls
+
+    def _plain(self, node: Node) -> Callable[[Pass], Any]:
+        """The call as captured; where an infinity could vanish in it, its operand is checked."""
+        target: Any = node.target
+        args, kwargs, operand = node.args, node.kwargs, self.saturates.get(node)
+
+        def call(run: Pass) -> Any:
+            if operand in run.values:
+                run.check(run.values[operand].sum(dtype=torch.float64))
+            return target(*run.value(args), **(run.value(kwargs) if kwargs else kwargs))
+
+        return call
+
+    def forward(self, given: Mapping[Node, Any]) -> Pass:
+        """Runs the model on the values of its placeholders."""
+        run = Pass(self.kernels, dict(given), {}, self.plan.layouts, self.graph.output)
+        values = run.values
+        for node in self.given:
+            run.likes[node] = _like(values[node])
         if self.instructions:
             # One conversion here keeps every image channels_last to the end.
             for node in self.plan.roots:
                 if node.op == "placeholder":
-                    run.values[node] = channels_last(values[node])
+                    values[node] = channels_last(values[node])
         for norms in self.norms:
             norms(run)
-        for i, node in enumerate(self.calls):
-            made = self.instructions.get(node)
-            if made is not None:
-                value = made(run)
-                for covered in made.covers:
-                    run.likes[covered] = _like(value)
-            else:
-                operand = self.saturates.get(node)
-                if operand in values:
-                    run.check(values[operand].sum(dtype=torch.float64))
-                value = node.target(*run.value(node.args), **run.value(node.kwargs))  # type: ignore[operator]
-                if node in self.measured:
-                    run.likes[node] = _like(value)
-            run.values[node] = value
-            for done in self.released[i]:
-                run.values.pop(done, None)
+        for node, make, covers, freed in self.calls:
+            values[node] = value = make(run)
+            if covers:
+                run.likes.update(dict.fromkeys(covers, _like(value)))
+            for done in freed:
+                values.pop(done, None)
         return run
 
     def propagate(
@@ -146,11 +154,10 @@ class Program:
             run.violation = torch.zeros(batch, dtype=torch.float64, device=start.device)
         arrived = run.arrived = {self.graph.output: [start]}
         relevance: dict[Node, Tensor | None] = dict.fromkeys(self.wanted)
-        for i in reversed(range(len(self.plan.steps))):
-            step = self.plan.steps[i]
+        for step, read, freed in self.back:
             # On a CPU kernels read without the sign, or a layer's are made when it is its turn.
-            if i in self.magnitudes and start.device.type == "cuda":
-                run.magnitudes.update(magnitudes(self.magnitudes[i], run.values))
+            if read and start.device.type == "cuda":
+                run.magnitudes.update(magnitudes(read, run.values))
             terms = arrived.pop(step.output, None)
             if terms is not None:
                 r = terms[0] if len(terms) == 1 else self.kernels.add(terms)
@@ -158,7 +165,7 @@ class Program:
                     relevance[step.output] = _own(r)
                 for node, part in zip(step.carriers, step.propagate(run, r), strict=True):
                     arrived.setdefault(node, []).append(part)
-            for node in self.finished[i]:
+            for node in freed:
                 run.values.pop(node, None)
                 run.magnitudes.pop(node, None)
         for node in relevance:
@@ -169,7 +176,8 @@ class Program:
 
 
 def _like(value: Tensor) -> Like:
-    return Like(value.shape, value.dtype, value.device, memory_format(value))
+    layout = memory_format(value) if value.dim() > 3 else torch.contiguous_format
+    return Like(value.shape, value.dtype, value.device, layout)
 
 
 def _own(r: Tensor) -> Tensor:
@@ -219,9 +227,11 @@ def totals(run: Pass, values: Sequence[Tensor], result: Result) -> Tensor:
         In float64: the sum of each value, of :attr:`Pass.checked`, and the absolute relevance
         of each sample, summed.
     """
-    checked = [torch.cat([c.double() for c in run.checked])] if run.checked else []
-    masses = torch.zeros(run.batch, dtype=torch.float64, device=values[-1].device)
-    for node, r in result.relevance.items():
-        if r is not None:
-            masses += run.samples_first(node, r).reshape(run.batch, -1).abs().sum(1)
-    return torch.cat([run.kernels.sums([*values, *checked]), masses])
+    checked = [torch.cat(run.checked)] if run.checked else []
+    masses = [
+        run.samples_first(node, r).reshape(run.batch, -1).abs().sum(1)
+        for node, r in result.relevance.items()
+        if r is not None
+    ]
+    mass = sum(masses[1:], masses[0]) if masses else values[-1].new_zeros(run.batch)
+    return torch.cat([run.kernels.sums([*values, *checked]), mass])

@@ -31,14 +31,13 @@ Begin = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 Outcome = tuple[Result, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Task:
     """What is explained.
 
     Attributes:
         program: The program.
         values: The values of its placeholders.
-        inputs: Those among them that are copied: tensors that another call may pass anew.
         explained: Those whose relevance is asked for.
         begin: The model's output → relevance there, and the column where it starts.
         batch: Number of samples.
@@ -47,16 +46,22 @@ class Task:
 
     program: Program
     values: Mapping[Node, Any]
-    inputs: Mapping[Node, Tensor]
     explained: Sequence[Node]
     begin: Begin
     batch: int
     measure_delta: bool
 
+    @property
+    def inputs(self) -> dict[Node, Tensor]:
+        """Tensors that another call may pass anew: a recording copies them."""
+        values = {node: self.values[node] for node in self.program.graph.inputs}
+        return {node: value for node, value in values.items() if isinstance(value, Tensor)}
+
     def key(self) -> Hashable:
         """The same for tasks that one recording serves."""
         tensors = {n: v for n, v in self.values.items() if isinstance(v, Tensor)}
-        read = tuple(v.data_ptr() for n, v in tensors.items() if n not in self.inputs)
+        inputs = self.inputs
+        read = tuple(v.data_ptr() for n, v in tensors.items() if n not in inputs)
         kinds = tuple((v.shape, v.stride(), v.dtype, v.device) for v in tensors.values())
         return (self.program, self.batch, self.measure_delta, kinds, read, _settings())
 
@@ -266,7 +271,7 @@ class Recording:
     def __call__(self, task: Task) -> Outcome:
         """What :meth:`Task.run` returns."""
         for node, place in self._places.items():
-            place.copy_(task.inputs[node])
+            place.copy_(task.values[node])
         self._forward()
         try:
             start, column = task.begin(self._output.clone())  # which may call the user's function
