@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .base import Call, Rule, Slot
+from .base import Call, Rule, Slot, sum_to
 from .linear import LinearRule, places
 
 if TYPE_CHECKING:
@@ -47,6 +47,16 @@ class Dense(LinearRule):
         first = next(name for name in _FIRST if name in call.args)
         return bool(call.shape(first)[-1] == 1)
 
+    def transpose(self, run: Pass, call: Call, g: Tensor, *, absolute: bool = False) -> Tensor:
+        first, second = _FACTORS.get(call.name, ("", ""))
+        if not first or min(len(call.shape(first)), len(call.shape(second))) < 2:
+            return super().transpose(run, call, g, absolute=absolute)
+        is_first = self.slot(call)[0] == first
+        other: Tensor = run.value(call.args[second if is_first else first]).to(g.dtype).mT
+        other = other.abs() if absolute else other
+        product = g @ other if is_first else other @ g
+        return sum_to(product, run.like(self.operand(call)).shape)
+
     def route(self, run: Pass, call: Call, r: Tensor) -> Tensor:
         """``Aᵀ r`` with 1 in place of the coefficients."""
         slot = self.slot(call)
@@ -66,6 +76,11 @@ class Dense(LinearRule):
         return result.detach()
 
 
+# The factors of a product of matrices, one or one for each index in front.
+_FACTORS = {
+    "matmul": ("self", "other"), "mm": ("self", "mat2"), "bmm": ("self", "mat2"),
+    "addmm": ("mat1", "mat2"), "baddbmm": ("batch1", "batch2"),
+}  # fmt: skip
 # The first factor of a product, whose last axis is summed over.
 _FIRST = ("mat1", "batch1", "mat", "input", "self")
 

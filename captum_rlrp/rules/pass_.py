@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..graph.layout import Layout
+from ..graph.sign import is_nonnegative
 from .base import Call, Slot
 
 
@@ -115,7 +116,8 @@ class Pass:
                 value = torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)
             if isinstance(value, Tensor) and value.is_floating_point() and dtype is not None:
                 value = value.to(dtype)
-                value = value.abs() if slot[0] in absolute else value
+                if slot[0] in absolute and not is_nonnegative(argument):
+                    value = value.abs()
                 return value.clone() if value.is_inference() else value
             return value
 

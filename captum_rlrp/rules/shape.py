@@ -49,6 +49,8 @@ _BACK: dict[Any, Callable[[Tensor, dict[str, Any], torch.Size], Tensor]] = {
     aten.transpose.int: lambda g, args, _: g.transpose(args["dim0"], args["dim1"]),
     aten.t.default: lambda g, args, _: g.t(),
     aten.expand.default: lambda g, args, shape: g.sum_to_size(shape),
+    aten.roll.default: lambda g, args, _: g.roll([-n for n in args["shifts"]], args["dims"]),
+    aten.flip.default: lambda g, args, _: g.flip(args["dims"]),
     aten.select.int: _into_part(aten.select.int),
     aten.slice.Tensor: _into_part(aten.slice.Tensor),
 }
@@ -81,6 +83,12 @@ class Pad(Move):
     def apply(self, run: Pass, call: Call, x: Tensor, *, absolute: bool = False) -> Tensor:
         overrides = {"value": 0.0} if call.args.get("value") else {}
         return run.evaluate(call, {self.slot(call): x}, overrides=overrides)
+
+    def transpose(self, run: Pass, call: Call, g: Tensor, *, absolute: bool = False) -> Tensor:
+        if "pad" not in call.args or call.args.get("mode", "constant") != "constant":
+            return super().transpose(run, call, g, absolute=absolute)
+        cut: Tensor = aten.constant_pad_nd.default(g, [-n for n in run.value(call.args["pad"])])
+        return cut
 
 
 class Overlapping(LinearRule):
