@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from torch.fx import Node
 
 if TYPE_CHECKING:
     from .pass_ import Pass
+
+T = TypeVar("T")
 
 Slot = tuple[str, int | None]
 """Place of an operand: its argument's name, and its index where that is a list."""
@@ -28,6 +31,7 @@ class Call:
         active: The floating-point operands that depend on the explained inputs.
         item: Which item of the op's results the value is, if it returns several.
         slots: Where each active operand stands. One value may stand in two places.
+        notes: What :func:`once` has worked out.
     """
 
     node: Node
@@ -36,6 +40,7 @@ class Call:
     active: tuple[Node, ...]
     item: int | None = None
     slots: tuple[Slot, ...] = field(default=())
+    notes: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -62,6 +67,19 @@ class Call:
         """Shape of an argument at capture; the batch size in it may be symbolic."""
         node = name if isinstance(name, Node) else self.args[name]
         return node.meta["val"].shape
+
+
+def once(find: Callable[[Call], T]) -> Callable[[Call], T]:
+    """For what depends on a call alone: it is worked out at the first run."""
+
+    @functools.wraps(find)
+    def noted(call: Call) -> T:
+        if find not in call.notes:
+            call.notes[find] = find(call)
+        found: T = call.notes[find]
+        return found
+
+    return noted
 
 
 def nodes_in(value: Any) -> Iterable[Node]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .base import Call, Rule, Slot, sum_to
+from .base import Call, Rule, Slot, once, sum_to
 from .linear import LinearRule, places
 
 if TYPE_CHECKING:
@@ -48,9 +48,10 @@ class Dense(LinearRule):
         return bool(call.shape(first)[-1] == 1)
 
     def transpose(self, run: Pass, call: Call, g: Tensor, *, absolute: bool = False) -> Tensor:
-        first, second = _FACTORS.get(call.name, ("", ""))
-        if not first or min(len(call.shape(first)), len(call.shape(second))) < 2:
+        factors = _factors(call)
+        if factors is None:
             return super().transpose(run, call, g, absolute=absolute)
+        first, second = factors
         is_first = self.slot(call)[0] == first
         other: Tensor = run.value(call.args[second if is_first else first]).to(g.dtype).mT
         other = other.abs() if absolute else other
@@ -81,6 +82,15 @@ _FACTORS = {
     "matmul": ("self", "other"), "mm": ("self", "mat2"), "bmm": ("self", "mat2"),
     "addmm": ("mat1", "mat2"), "baddbmm": ("batch1", "batch2"),
 }  # fmt: skip
+
+
+@once
+def _factors(call: Call) -> tuple[str, str] | None:
+    """The names of the factors, if both are matrices."""
+    names = _FACTORS.get(call.name)
+    return names if names and all(len(call.shape(name)) > 1 for name in names) else None
+
+
 # The first factor of a product, whose last axis is summed over.
 _FIRST = ("mat1", "batch1", "mat", "input", "self")
 
@@ -101,7 +111,7 @@ class Linear(Dense):
     """``aten.linear``: y = x Wᵀ + b."""
 
     def _multiplies(self, call: Call) -> bool:
-        return self.slot(call)[0] == "input" and len(call.shape("weight")) == 2
+        return self.slot(call)[0] == "input" and _has_matrix(call)
 
     def transpose(self, run: Pass, call: Call, g: Tensor, *, absolute: bool = False) -> Tensor:
         if not self._multiplies(call):
@@ -121,6 +131,11 @@ class Linear(Dense):
 
     def route(self, run: Pass, call: Call, r: Tensor) -> Tensor:
         return r.sum(-1, keepdim=True) if self._multiplies(call) else super().route(run, call, r)
+
+
+@once
+def _has_matrix(call: Call) -> bool:
+    return len(call.shape("weight")) == 2
 
 
 class WithShift(Dense):

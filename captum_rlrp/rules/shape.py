@@ -31,9 +31,11 @@ class Move(LinearRule):
 
 
 def _into_part(take: Any) -> Callable[..., Tensor]:
-    """What a part of a value came from: zeros around it."""
+    """What a part of a value came from: zeros around it, if it is not the whole."""
 
     def back(g: Tensor, args: dict[str, Any], shape: torch.Size) -> Tensor:
+        if g.shape == shape:
+            return g
         whole = g.new_zeros(shape)
         take(whole, *(v for name, v in args.items() if name != "self")).copy_(g)
         return whole
