@@ -211,6 +211,31 @@ def test_a_filter_in_the_frequency_domain() -> None:
     assert (found.abs().sum((1, 2)) > 0.01).all()
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        lambda v: v.chunk(2, 1),
+        lambda v: v.split(4, 1),
+        lambda v: v.split([4, 4], 1),
+        lambda v: v.unflatten(1, (2, 4)).unbind(1),
+    ],
+    ids=["chunk", "split", "sizes", "unbind"],
+)
+def test_parts_of_an_image(parts: Callable[[Tensor], Any]) -> None:
+    """They are slices, wherever an image's channels lie in memory."""
+
+    def forward(s: Any, x: Tensor, parts: Callable[[Tensor], Any] = parts) -> Tensor:
+        first, second = parts(s.a(x).relu())
+        return s.h(torch.cat([s.b(first).relu(), second], 1).mean((2, 3)))
+
+    torch.manual_seed(0)
+    own = {"a": nn.Conv2d(3, 8, 3), "b": nn.Conv2d(4, 4, 3, padding=1), "h": nn.Linear(8, 3)}
+    x = torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(1))
+    (found,) = all_paths(of(forward, **own), x, 1)
+    sliced = of(lambda s, x: forward(s, x, lambda v: (v[:, :4], v[:, 4:])), **own)
+    agree(found, explained(sliced, x, 1))
+
+
 # ---- regions -------------------------------------------------------------------------------------
 
 

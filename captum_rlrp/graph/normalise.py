@@ -58,6 +58,7 @@ def normalise(program: Any, model: nn.Module, has_rule: HasRule) -> CapturedGrap
                 f"calls '{spec.target}'. Keep what it makes in a buffer, or explain the model as "
                 "it was before it was packed."
             )
+    _open_slices(graph)  # whose decompositions go by how the value lies in memory
     write_out(graph, inputs, has_rule)
     _open_slices(graph)
     for node in graph.nodes:

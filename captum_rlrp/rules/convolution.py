@@ -40,8 +40,7 @@ class Convolution(LinearRule):
     @once
     def _of_image(self, call: Call) -> bool:
         """Whether it is linear in a batch of images, with padding alike on both sides."""
-        same_rank = len(call.shape("input")) == len(call.shape("weight"))
-        return self.slot(call)[0] == "input" and same_rank and window(call) is not None
+        return self.slot(call)[0] == "input" and _is_of_image(call)
 
     def transpose(self, run: Pass, call: Call, g: Tensor, *, absolute: bool = False) -> Tensor:
         if not self._of_image(call):
@@ -67,18 +66,7 @@ class Convolution(LinearRule):
 
     @once
     def one_to_one(self, call: Call) -> bool:
-        if self.slot(call)[0] != "input":
-            return False
-        found, weight = window(call), call.shape("weight")
-        if found is None or not found.transposed:
-            return weight[1] * prod(weight[2:]) == 1 and found is not None
-        # Windows that tile the output (padding cuts it), one input channel a group.
-        return (
-            weight[0] == found.groups
-            and list(weight[2:]) == found.stride
-            and all(d == 1 for d in found.dilation)
-            and all(o <= p for o, p in zip(found.output_padding, found.padding, strict=True))
-        )
+        return self.slot(call)[0] == "input" and _reads_one(call)
 
     def route(self, run: Pass, call: Call, r: Tensor) -> Tensor:
         weight = run.value(call.args["weight"])
@@ -87,6 +75,27 @@ class Convolution(LinearRule):
         if len(shape) == weight.dim():
             return run.kernels.conv(r, ones, shape, _window(call))
         return run.kernels.conv(r.unsqueeze(0), ones, (1, *shape), _window(call)).squeeze(0)
+
+
+@once
+def _is_of_image(call: Call) -> bool:
+    """Whether images come as a batch, with padding alike on both sides."""
+    return len(call.shape("input")) == len(call.shape("weight")) and window(call) is not None
+
+
+@once
+def _reads_one(call: Call) -> bool:
+    """Whether every output has one input."""
+    found, weight = window(call), call.shape("weight")
+    if found is None or not found.transposed:
+        return bool(weight[1] * prod(weight[2:]) == 1 and found is not None)
+    # Windows that tile the output (padding cuts it), one input channel a group.
+    return bool(
+        weight[0] == found.groups
+        and list(weight[2:]) == found.stride
+        and all(d == 1 for d in found.dilation)
+        and all(o <= p for o, p in zip(found.output_padding, found.padding, strict=True))
+    )
 
 
 @once

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .base import Call, Rule, Slot, cast, once
+from .base import Call, Rule, Slot, cast, once, sum_to
 from .linear import LinearRule, places
 
 if TYPE_CHECKING:
@@ -49,6 +49,17 @@ class Dense(LinearRule):
         first = next(name for name in _FIRST if name in call.args)
         return bool(call.shape(first)[-1] == 1)
 
+    def transpose(self, run: Pass, call: Call, g: Tensor, *, absolute: bool = False) -> Tensor:
+        factors = _factors(call)
+        if factors is None:
+            return super().transpose(run, call, g, absolute=absolute)
+        first, second = factors
+        is_first = self.slot(call)[0] == first
+        other: Tensor = run.value(call.args[second if is_first else first]).to(g.dtype).mT
+        other = other.abs() if absolute else other
+        product = g @ other if is_first else other @ g
+        return sum_to(product, run.like(self.operand(call)).shape)
+
     def route(self, run: Pass, call: Call, r: Tensor) -> Tensor:
         """``Aᵀ r`` with 1 in place of the coefficients."""
         slot = self.slot(call)
@@ -66,6 +77,20 @@ class Dense(LinearRule):
             y = run.evaluate(call, {slot: x, **ones}, overrides=shift)
             (result,) = torch.autograd.grad(y, x, r.clone() if r.is_inference() else r)
         return result.detach()
+
+
+# The factors of a product of matrices, one or one for each index in front.
+_FACTORS = {
+    "matmul": ("self", "other"), "mm": ("self", "mat2"), "bmm": ("self", "mat2"),
+    "addmm": ("mat1", "mat2"), "baddbmm": ("batch1", "batch2"),
+}  # fmt: skip
+
+
+@once
+def _factors(call: Call) -> tuple[str, str] | None:
+    """The names of the factors, if both are matrices."""
+    names = _FACTORS.get(call.name)
+    return names if names and all(len(call.shape(name)) > 1 for name in names) else None
 
 
 # The first factor of a product, whose last axis is summed over.
@@ -89,7 +114,7 @@ class Linear(Dense):
 
     @once
     def _multiplies(self, call: Call) -> bool:
-        return self.slot(call)[0] == "input" and len(call.shape("weight")) == 2
+        return self.slot(call)[0] == "input" and _has_matrix(call)
 
     def transpose(self, run: Pass, call: Call, g: Tensor, *, absolute: bool = False) -> Tensor:
         if not self._multiplies(call):
@@ -113,6 +138,11 @@ class Linear(Dense):
 
     def route(self, run: Pass, call: Call, r: Tensor) -> Tensor:
         return r.sum(-1, keepdim=True) if self._multiplies(call) else super().route(run, call, r)
+
+
+@once
+def _has_matrix(call: Call) -> bool:
+    return len(call.shape("weight")) == 2
 
 
 class WithShift(Dense):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..graph.sign import is_nonnegative
 from .base import Call, Rule, Slot, cast, once
 
 if TYPE_CHECKING:
@@ -112,7 +113,8 @@ class LinearRule(Rule):
 
     def shares(self, run: Pass, call: Call, x: Tensor, r: Tensor) -> Tensor:
         """The law."""
-        d = self.apply(run, call, x.abs(), absolute=True)
+        size = x if is_nonnegative(self.operand(call)) else x.abs()
+        d = self.apply(run, call, size, absolute=True)
         s, seen = run.kernels.divide(r, d)
         run.check(seen)
         g = self.transpose(run, call, s, absolute=not self.signed)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..graph.layout import Layout
+from ..graph.sign import is_nonnegative
 from .base import Call, Slot
 
 
@@ -132,7 +133,7 @@ class Pass:
                 like = self.likes[argument]
                 value = torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)
             if isinstance(value, Tensor) and value.is_floating_point() and dtype is not None:
-                if slot[0] in absolute and argument in self.values:
+                if slot[0] in absolute and not is_nonnegative(argument):
                     value = self.magnitude(argument, dtype)
                 else:
                     value = value.to(dtype)

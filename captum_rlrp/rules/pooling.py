@@ -96,6 +96,12 @@ class Reduction(LinearRule):
     def one_to_one(self, call: Call) -> bool:
         return all(call.shape(self.operand(call))[d] == 1 for d in _reduced(self, call))
 
+    def transpose(self, run: Pass, call: Call, g: Tensor, *, absolute: bool = False) -> Tensor:
+        shape = run.like(self.operand(call)).shape
+        reduced = {d % len(shape) for d in _reduced(self, call)}
+        g = g.reshape([1 if d in reduced else size for d, size in enumerate(shape)])
+        return (g / prod(shape[d] for d in reduced) if call.name == "mean" else g).expand(shape)
+
     def route(self, run: Pass, call: Call, r: Tensor) -> Tensor:
         return r.reshape(run.like(self.operand(call)).shape)
 

@@ -31,9 +31,11 @@ class Move(LinearRule):
 
 
 def _into_part(take: Any) -> Callable[..., Tensor]:
-    """What a part of a value came from: zeros around it."""
+    """What a part of a value came from: zeros around it, if it is not the whole."""
 
     def back(g: Tensor, args: dict[str, Any], shape: torch.Size) -> Tensor:
+        if g.shape == shape:
+            return g
         whole = g.new_zeros(shape)
         take(whole, *(v for name, v in args.items() if name != "self")).copy_(g)
         return whole
@@ -49,6 +51,8 @@ _BACK: dict[Any, Callable[[Tensor, dict[str, Any], torch.Size], Tensor]] = {
     aten.transpose.int: lambda g, args, _: g.transpose(args["dim0"], args["dim1"]),
     aten.t.default: lambda g, args, _: g.t(),
     aten.expand.default: lambda g, args, shape: g.sum_to_size(shape),
+    aten.roll.default: lambda g, args, _: g.roll([-n for n in args["shifts"]], args["dims"]),
+    aten.flip.default: lambda g, args, _: g.flip(args["dims"]),
     aten.select.int: _into_part(aten.select.int),
     aten.slice.Tensor: _into_part(aten.slice.Tensor),
 }
@@ -83,10 +87,10 @@ class Pad(Move):
         return run.evaluate(call, {self.slot(call): x}, overrides=overrides)
 
     def transpose(self, run: Pass, call: Call, g: Tensor, *, absolute: bool = False) -> Tensor:
-        sizes = call.args.get("pad", [None])
-        if call.args.get("mode") in (None, "constant") and all(type(n) is int for n in sizes):
-            return aten.constant_pad_nd(g, [-n for n in sizes])
-        return super().transpose(run, call, g, absolute=absolute)
+        if "pad" not in call.args or call.args.get("mode", "constant") != "constant":
+            return super().transpose(run, call, g, absolute=absolute)
+        cut: Tensor = aten.constant_pad_nd.default(g, [-n for n in run.value(call.args["pad"])])
+        return cut
 
 
 class Overlapping(LinearRule):
