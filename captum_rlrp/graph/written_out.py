@@ -242,6 +242,15 @@ def _log_sum_exp(a: Arguments) -> Tensor:
     return (share * total).sum(dims, keepdim=bool(a.get("keepdim")))
 
 
+def _running_log_sum_exp(a: Arguments) -> Tensor:
+    """The same for every beginning of the axis."""
+    x = a["self"].movedim(a["dim"], -1)
+    size = x.shape[-1]
+    later = torch.ones(size, size, dtype=torch.bool, device=x.device).triu(1)
+    share = x.unsqueeze(-2).expand(*x.shape, size).masked_fill(later, float("-inf")).softmax(-1)
+    return (share * x.logcumsumexp(-1).unsqueeze(-1)).sum(-1).movedim(-1, a["dim"])
+
+
 def _broadcast(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     shape = torch.broadcast_shapes(x.shape, y.shape)
     return (x if x.shape == shape else x.expand(shape)), (
@@ -470,6 +479,7 @@ WRITTEN_OUT: dict[Any, Callable[[Arguments], Any]] = {
     aten.norm: _norm,
     aten.linalg_vector_norm: _norm,
     aten.logsumexp: _log_sum_exp,
+    aten.logcumsumexp: _running_log_sum_exp,
     aten.cosine_similarity: _cosine,
     aten.cdist: _distances,
     aten._cdist_forward: _distances,

@@ -81,6 +81,26 @@ class Convolution(LinearRule):
         return run.kernels.conv(r.unsqueeze(0), ones, (1, *shape), _window(call)).squeeze(0)
 
 
+class Deformable(LinearRule):
+    """torchvision's convolution at places that the offsets move: these, and the mask, are gates."""
+
+    constants = ("weight", "mask")
+
+    def slot(self, call: Call) -> Slot:
+        return ("input", None)
+
+    def select(self, call: Call) -> Rule | None:
+        return self if call.is_active("input") else None
+
+    def apply(self, run: Pass, call: Call, x: Tensor, *, absolute: bool = False) -> Tensor:
+        return run.evaluate(
+            call,
+            {self.slot(call): x},
+            absolute=self.constants if absolute else (),
+            overrides={"bias": x.new_zeros(int(call.shape("weight")[0]))},
+        )
+
+
 def window(call: Call) -> Window | None:
     """The convolution's window; None where "same" pads more on one side than on the other."""
     rank = len(call.shape("weight")) - 2
