@@ -134,6 +134,28 @@ HUGGING_FACE: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+# Families without a small model: that one with fewer and narrower blocks, at a smaller image.
+SHRUNK: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "deepseek_vit": (
+        "deepseek_vit_412m", 126, {"img_size": 126, "embed_dim": 64, "depth": 2, "num_heads": 2},
+    ),
+    "gemma4_vit": (
+        "gemma4_vit_167m", 96,
+        {"img_size": 96, "embed_dim": 64, "depth": 2, "num_heads": 2, "head_dim": 32,
+         "intermediate_size": 128},
+    ),
+    "hieradet_sam2": ("hieradet_small", 256, {"embed_dim": 24}),
+    "mobilenetv5": ("mobilenetv5_base", 128, {"channel_multiplier": 0.25}),
+    "qwen3_vit": (
+        "qwen3_vit_88m", 128, {"img_size": 128, "embed_dim": 64, "depth": 2, "num_heads": 2},
+    ),
+    "vision_transformer_sam": (
+        "samvit_base_patch16_224", 224,
+        {"embed_dim": 64, "depth": 2, "num_heads": 2, "global_attn_indexes": [1]},
+    ),
+}  # fmt: skip
+
+
 def last_scores(returned: Any) -> Tensor:
     """Of a language model: the scores behind the last token."""
     scores: Tensor = returned.logits[:, -1]
@@ -160,7 +182,7 @@ def hugging_face(name: str) -> tuple[nn.Module, Any, Any]:
 
 
 def timm_families() -> dict[str, str]:
-    """Family → its smallest model, as far as the names tell."""
+    """Family → its smallest model, as far as the names tell, or the one that is made smaller."""
     import timm
 
     order = ("test", "atto", "femto", "pico", "nano", "xxt", "xxs", "_xs", "tiny", "_s0", "_b0",
@@ -168,7 +190,9 @@ def timm_families() -> dict[str, str]:
     found = {}
     for module in timm.list_modules():
         names = timm.list_models(module=module)
-        if names:
+        if module in SHRUNK:
+            found[module] = SHRUNK[module][0]
+        elif names:
             found[module] = min(
                 names,
                 key=lambda n: (next((i for i, k in enumerate(order) if k in n), 99), len(n), n),
@@ -182,9 +206,10 @@ def timm_model(family: str) -> tuple[nn.Module, Any, Any]:
     from coverage import randomise
 
     torch.manual_seed(0)
-    model = randomise(timm.create_model(timm_families()[family]))
-    size = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))
-    return model, torch.randn(2, *size), None
+    name, size, settings = SHRUNK.get(family, (timm_families()[family], None, {}))
+    model = randomise(timm.create_model(name, **settings))
+    shape = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))
+    return model, torch.randn(2, *((3, size, size) if size else shape)), None
 
 
 def names() -> list[str]:

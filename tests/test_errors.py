@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from captum_rlrp import (
     TrainingModeError,
     UnsupportedOperationError,
 )
+
+from .small import of
 
 
 class Wave(nn.Module):
@@ -287,6 +290,20 @@ def test_a_mask_of_infinities_is_no_error() -> None:
     torch.testing.assert_close(attributions.abs().sum(1), torch.ones(len(X)))
 
 
+def test_a_mask_in_front_of_an_exponential() -> None:
+    """As the decay of a state-space model has it: places that are not to be seen weigh nothing."""
+    head = nn.Linear(4, 4)
+    mask = torch.ones(4, 4).triu(1).bool()
+
+    def decay(s: Any, x: Tensor, least: float) -> Tensor:
+        steps = x[:, None].expand(-1, 4, 4).masked_fill(mask, least)
+        return (s.h(x)[:, None] * steps.exp()).sum(2)
+
+    models = [of(lambda s, x, m=m: decay(s, x, m), h=head) for m in (float("-inf"), -200.0)]
+    first, second = (RelativeLRP(model).attribute(X, target=1) for model in models)
+    torch.testing.assert_close(first, second)
+
+
 def test_half_precision_overflow_is_named() -> None:
     model = net().half()
     model[0].weight.data.fill_(30000)
@@ -408,6 +425,27 @@ def test_several_outputs() -> None:
 
     with pytest.raises(RelativeLRPError, match="2 tensors"):
         RelativeLRP(Two().eval()).attribute(X, target=0)
+
+
+OPS: dict[str, Any] = {
+    "linalg_det": lambda h: torch.linalg.det(h.view(-1, 2, 2)).unsqueeze(1).expand(-1, 4),
+    "linalg_inv": lambda h: torch.linalg.inv(h.view(-1, 2, 2)).flatten(1),
+    "pinverse": lambda h: torch.pinverse(h.view(-1, 2, 2)).flatten(1),
+    "linalg_cholesky": lambda h: torch.linalg.cholesky(h.view(-1, 2, 2)).flatten(1),
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_what_has_no_rule_is_one_clear_error(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    layer = nn.Linear(4, 4)
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.bias.copy_(torch.eye(2).flatten())
+    model = of(lambda s, x: s.h(OPS[name](s.a(x))), a=layer, h=nn.Linear(4, 3))
+    with pytest.raises(UnsupportedOperationError) as caught:
+        RelativeLRP(model).attribute(X, target=0)
+    assert re.search(rf"aten\.{name}(.|\n)*test_errors\.py(.|\n)*register_rule", str(caught.value))
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("model", [None, torch.relu, lambda x: x, "resnet"])

@@ -80,6 +80,18 @@ PAIRS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] 
             x[:, [1, 2, 0]] * x[:, 3:6][:, [2, 0, 1]] - x[:, [2, 0, 1]] * x[:, 3:6][:, [1, 2, 0]]
         ),
     ),
+    "atan2": (
+        lambda x: torch.atan2(x[:, :4], x[:, 4:].exp()),
+        lambda x: (x[:, :4] / x[:, 4:].exp()).atan(),
+    ),
+    "angle": (
+        lambda x: torch.complex(x[:, 4:].exp(), x[:, :4]).angle(),
+        lambda x: (x[:, :4] / x[:, 4:].exp()).atan(),
+    ),
+    "logcumsumexp": (
+        lambda x: torch.logcumsumexp(x[:, :3], 1),
+        lambda x: torch.cat([x[:, :n].logsumexp(1, keepdim=True) for n in (1, 2, 3)], 1),
+    ),
     "vmap": (
         lambda x: torch.vmap(lambda row: (row @ WEIGHT).tanh())(x),
         lambda x: (x @ WEIGHT).tanh(),
@@ -164,6 +176,48 @@ def test_a_transform_is_a_linear_map_of_positions(name: str) -> None:
             v = v.spatial(step)
         return v.move(lambda t: t.flatten(1)).act(torch.tanh).dense(head)
 
+    (found,) = all_paths(of(forward, a=first, h=head), x, [0, 2])
+    (expected,) = explain(twin, (x,), targets=[0, 2])
+    assert relative_error(found, expected) <= 1e-9
+
+
+@pytest.mark.parametrize("length", [None, 11, 14])
+@pytest.mark.parametrize("one_sided", [True, False])
+def test_a_short_time_transform_back(length: int | None, one_sided: bool) -> None:
+    """Frames transformed back, each under the window, and what overlaps is added."""
+    window, count, hop, size = torch.hann_window(6).double() + 0.3, 5, 3, 8
+    bins = 5 if one_sided else 8
+    window8 = nn.functional.pad(window, (1, 1))
+
+    def spectrum(x: Tensor) -> Tensor:
+        return complex_of(x.unflatten(1, (bins, count, 2)))
+
+    def transform(x: Tensor) -> Tensor:
+        return torch.fft.irfft(spectrum(x)[:, :5], n=size, dim=1)
+
+    def overlap(frames: Tensor) -> Tensor:
+        frames = frames * window8[:, None]
+        whole = (1, size + hop * (count - 1))
+        y = nn.functional.fold(frames, whole, (1, size), stride=(1, hop))
+        weight = window8.square()[None, :, None].expand(1, -1, count)
+        weight = nn.functional.fold(weight, whole, (1, size), stride=(1, hop))
+        y = y.flatten(1) / weight.flatten(1).clamp_min(1e-9)
+        return y[:, size // 2 :][:, : length or 12]
+
+    torch.manual_seed(0)
+    first = nn.Linear(8, bins * count * 2).double().eval()
+    head = nn.Linear(length or 12, 3).double().eval()
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        how: Any = {"win_length": 6, "window": window, "length": length, "onesided": one_sided}
+        y = torch.istft(spectrum(s.a(x).tanh()), size, hop, **how)
+        return s.h(y.tanh())
+
+    def twin(v: Value) -> Value:
+        v = v.dense(first).act(torch.tanh).spatial(transform).spatial(overlap)
+        return v.act(torch.tanh).dense(head)
+
+    x = rows(2, 8).double()
     (found,) = all_paths(of(forward, a=first, h=head), x, [0, 2])
     (expected,) = explain(twin, (x,), targets=[0, 2])
     assert relative_error(found, expected) <= 1e-9

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..errors import CaptureError, TrainingModeError
 from .aliases import unshared
 from .captured import CapturedGraph, flatten_arguments
-from .export import example, export
+from .export import example, export, quiet
 from .form import PLAIN, Form
 from .nodes import bind, dependents, place_of, reads_values
 from .normalise import inline_subgraphs, normalise
@@ -147,7 +147,7 @@ def capture(
     check_eval_mode(model)
     if batched is None:
         batched = carries_batch(args, batch_size)
-    with CAPTURING, torch.inference_mode(False), torch.no_grad():
+    with CAPTURING, torch.inference_mode(False), torch.no_grad(), quiet():
         program = _exported(model, args, batch_size, layers, form, batched)
         graph = normalise(program, model, has_rule)
     if not allow_random:
@@ -203,7 +203,7 @@ class OpenCapture:
 
     def graph(self, args: Sequence[Any]) -> CapturedGraph | None:
         """The graph for arguments of these sizes; None where forward goes another way there."""
-        with CAPTURING, torch.inference_mode(False), torch.no_grad():
+        with CAPTURING, torch.inference_mode(False), torch.no_grad(), quiet():
             program = close(self._program, tree_leaves(list(args)), self._batched)
             if program is None:
                 return None

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.export import _trace
 from torch.fx import Graph
-from torch.nn.modules import transformer
 from torch.utils._pytree import tree_leaves
 
 from ..errors import CaptureError, RelativeLRPError
 from .aliases import has_aliased_write
 from .form import Form
 from .packed import RecurrentLayers
+from .plain import plain_layers
 from .twins import Root, twin
 
 
@@ -44,7 +44,7 @@ def export(
     """
     root = twin(model, form, layers)
     try:
-        with _quiet(), plain_transformers(), RecurrentLayers():
+        with quiet(), plain_layers(), RecurrentLayers():
             program = torch.export.export(
                 _SameBatch(root, dynamic), tuple(args), dynamic_shapes=(tuple(dynamic),)
             )
@@ -71,26 +71,6 @@ def _has_regions(graph: Graph) -> bool:
         or getattr(node.target, "__module__", None) == "torch._functorch.predispatch"
         for node in graph.nodes
     )
-
-
-def _hint(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
-    return is_causal is True
-
-
-@contextlib.contextmanager
-def plain_transformers() -> Iterator[None]:
-    """PyTorch's transformer layers as they are written, without what only makes them faster.
-
-    The fused encoder kernels hide the layers that need rules. And whether a mask is a causal one is
-    read off its values; it is applied as it is in either case.
-    """
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with mock.patch.object(transformer, "_detect_is_causal_mask", _hint):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
 class _SameBatch(nn.Module):
@@ -148,7 +128,7 @@ def example(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Export warns of its own working, and logs and prints what it raises anyway."""
     names = (
         "torch._subclasses", "torch.export", "torch._export", "torch._subclasses.fake_tensor",

@@ -20,6 +20,7 @@ from ..errors import CaptureError, InputError
 from .aliases import alias_roots, make_functional
 from .captured import CapturedGraph
 from .nodes import bind, mutates
+from .strides import free_of_memory
 from .twins import ROOT
 from .written_out import HasRule, write_out
 
@@ -60,6 +61,7 @@ def normalise(program: Any, model: nn.Module, has_rule: HasRule) -> CapturedGrap
             )
     _open_slices(graph)  # whose decompositions go by how the value lies in memory
     write_out(graph, inputs, has_rule)
+    free_of_memory(graph)
     _open_slices(graph)
     for node in graph.nodes:
         if node.target in (aten.view.default, aten._unsafe_view.default):

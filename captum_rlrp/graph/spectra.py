@@ -233,6 +233,37 @@ def _short_time(a: Arguments) -> Any:
     return parts if a["return_complex"] else torch.stack([*parts], -1)
 
 
+def _inverse_short_time(a: Arguments) -> Any:
+    """Every frame transformed back and put under the window; what overlaps is added."""
+    x, size, window = a["self"], a["n_fft"], a["window"]
+    hop, width = a["hop_length"] or size // 4, a["win_length"] or size
+    x = Pair(*(part.transpose(-1, -2) for part in x))
+    count = x.real.shape[-2]
+    how = {"self": x, "dim": [-1], "normalization": 1 if a["normalized"] else 2, "forward": False}
+    if a["return_complex"]:
+        parts = [*_complex_to_complex(how)]
+    else:  # of two sides it reads one
+        parts = [_complex_to_real({**how, "last_dim_size": size})]
+    if window is None:
+        window = torch.ones(width, dtype=x.real.dtype, device=x.real.device)
+    before = (size - width) // 2
+    window = torch.nn.functional.pad(window, [before, size - width - before])
+    length = size + hop * (count - 1)
+
+    def added(frames: Tensor) -> Tensor:
+        columns = frames.reshape(-1, count, size).transpose(1, 2)
+        whole = torch.nn.functional.fold(columns, (1, length), (1, size), stride=(1, hop))
+        return whole.reshape(*frames.shape[:-2], length)
+
+    weight = added(window.square().expand(count, size))
+    start = size // 2 if a["center"] else 0
+    end = length - start if a["length"] is None else min(start + a["length"], length)
+    tail = 0 if a["length"] is None else a["length"] - (end - start)
+    parts = [added(part * window)[..., start:end] / weight[start:end] for part in parts]
+    parts = [torch.nn.functional.pad(part, [0, tail]) if tail else part for part in parts]
+    return Pair(*parts) if a["return_complex"] else parts[0]
+
+
 def _cast(a: Arguments) -> Any:
     x, dtype = a["self"], a.get("dtype")
     if dtype is None:
@@ -254,11 +285,13 @@ _WRITTEN_OUT: dict[Any, Callable[[Arguments], Any]] = {
     aten._fft_c2c: _complex_to_complex,
     aten._fft_c2r: _complex_to_real,
     aten.stft: _short_time,
+    aten.istft: _inverse_short_time,
     aten._to_copy: _cast,
     aten.to: _cast,
     aten.real: lambda a: a["self"].real,
     aten.imag: lambda a: a["self"].imag,
     aten.abs: lambda a: (a["self"].real.square() + a["self"].imag.square()).sqrt(),
+    aten.angle: lambda a: torch.atan2(a["self"].imag, a["self"].real),
     aten.view_as_real: lambda a: torch.stack([*a["self"]], -1),
     aten.view_as_complex: lambda a: Pair(a["self"].select(-1, 0), a["self"].select(-1, 1)),
     aten.complex: lambda a: Pair(a["real"], a["imag"]),

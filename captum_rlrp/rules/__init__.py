@@ -9,8 +9,8 @@ import torch
 from ..graph.recurrent import RECURRENT
 from .attention import ScaledDotProductAttention
 from .base import Call, Rule, Slot
-from .choice import Chosen, Clamp, Extremum, Maximum, Where
-from .convolution import Convolution
+from .choice import Chosen, Clamp, Extremum, Maximum, Picked, Where
+from .convolution import Convolution, Deformable
 from .dense import Dense, Linear, WithShift
 from .join import Join, Overwrite, Scatter
 from .linear import LinearRule
@@ -18,7 +18,7 @@ from .normalization import BatchNorm
 from .pass_ import Like, Pass
 from .passthrough import InstanceNorm, PassThrough
 from .pooling import AdaptiveAvgPool, AvgPool, MaxPool, Reduction, Trapezoid
-from .product import GatedLinearUnit, Product, Scale
+from .product import Angle, GatedLinearUnit, Product, Scale
 from .recurrent import Recurrent
 from .shape import (
     Copy,
@@ -69,6 +69,7 @@ for _n in (1, 2, 3):
     _add(AdaptiveAvgPool(_n), f"adaptive_avg_pool{_n}d _adaptive_avg_pool{_n}d")
     _add(MaxPool(_n), f"max_pool{_n}d max_pool{_n}d_with_indices")
     _add(MaxPool(_n, adaptive=True), f"adaptive_max_pool{_n}d")
+    _add(Picked(_n), f"fractional_max_pool{_n}d")
 _add(Reduction(), "mean sum")
 _add(Trapezoid(), "trapezoid")
 _add(Difference(), "diff")
@@ -80,6 +81,8 @@ _add(
     "upsample_linear1d upsample_bilinear2d upsample_trilinear3d _upsample_bilinear2d_aa",
 )
 _add(Interpolate(cubic=True), "upsample_bicubic2d _upsample_bicubic2d_aa")
+
+_add(Deformable(), "torchvision.deform_conv2d")
 
 # §2, §6 one input for each output: relevance follows the elements
 _add(
@@ -138,6 +141,7 @@ _add(InstanceNorm(), "instance_norm")
 # §4 sums, §6 products
 _add(Sum(), "add sub subtract rsub")
 _add(Product(), "mul multiply div divide true_divide")
+_add(Angle(), "atan2 arctan2")
 _add(Scale(), "neg negative")
 _add(GatedLinearUnit(), "glu")
 
@@ -155,8 +159,7 @@ _add(Join(stacks=False), "cat concat concatenate")
 _add(Join(stacks=True), "stack")
 _add(
     Scatter(),
-    "slice_scatter select_scatter diagonal_scatter as_strided_scatter index_put index_copy "
-    "masked_scatter fill zero",
+    "slice_scatter select_scatter diagonal_scatter index_put index_copy masked_scatter fill zero",
 )
 _add(Overwrite(), "copy")
 
@@ -187,18 +190,27 @@ def register_rule(op: Any, rule: Rule) -> None:
 
 def has_rule(target: Any) -> bool:
     """Whether there is a rule for calls of an op, though perhaps not for every one."""
-    packet = getattr(target, "overloadpacket", None)
-    known = packet is not None and target.namespace == "aten" and packet.__name__ in _TABLE
-    return known or target in _CUSTOM or packet in _CUSTOM
+    return _name(target) in _TABLE or target in _CUSTOM or _packet(target) in _CUSTOM
 
 
 def find_rule(call: Call) -> Rule | None:
     """The rule for a call, or None."""
-    packet = getattr(call.target, "overloadpacket", None)
-    rule = _CUSTOM.get(call.target) or _CUSTOM.get(packet)
-    if rule is None and packet is not None and call.target.namespace == "aten":
-        rule = _TABLE.get(packet.__name__)
+    rule = _CUSTOM.get(call.target) or _CUSTOM.get(_packet(call.target))
+    rule = rule or _TABLE.get(_name(call.target))
     return rule.select(call) if rule is not None else None
+
+
+def _packet(target: Any) -> Any:
+    return getattr(target, "overloadpacket", None)
+
+
+def _name(target: Any) -> str:
+    """The op's name in the table: without its overload, and with the namespace if not ``aten``."""
+    packet = _packet(target)
+    if packet is None:
+        return ""
+    name: str = packet.__name__
+    return name if target.namespace == "aten" else f"{target.namespace}.{name}"
 
 
 def reshapes(target: Any) -> bool:

@@ -93,6 +93,30 @@ class Chosen(Rule):
         return (r.new_zeros(shape).scatter_add_(dim, places, r),)
 
 
+class Picked(Rule):
+    """``fractional_max_pool``: to the maxima, whose places count over all positions of a channel.
+
+    Args:
+        axes: How many axes the positions have.
+    """
+
+    def __init__(self, axes: int) -> None:
+        self.axes = axes
+
+    def select(self, call: Call) -> Rule | None:
+        return self if call.item == 0 else None
+
+    def needs(self, call: Call) -> tuple[Node, ...]:
+        return tuple(call.nodes())
+
+    def propagate(self, run: Pass, call: Call, r: Tensor) -> Sequence[Tensor]:
+        shape = run.like(call.active[0]).shape
+        places = run.evaluate(replace(call, item=1), {}).flatten(-self.axes)
+        result = r.new_zeros(shape).flatten(-self.axes)
+        result.scatter_add_(-1, places, r.flatten(-self.axes))
+        return (result.view(shape),)
+
+
 class Masked(LinearRule):
     """One branch behind a fixed mask, which multiplies by 0 or 1 and may add a constant."""
 

@@ -77,6 +77,26 @@ class Convolution(LinearRule):
         return run.kernels.conv(r.unsqueeze(0), ones, (1, *shape), _window(call)).squeeze(0)
 
 
+class Deformable(LinearRule):
+    """torchvision's convolution at places that the offsets move: these, and the mask, are gates."""
+
+    constants = ("weight", "mask")
+
+    def slot(self, call: Call) -> Slot:
+        return ("input", None)
+
+    def select(self, call: Call) -> Rule | None:
+        return self if call.is_active("input") else None
+
+    def apply(self, run: Pass, call: Call, x: Tensor, *, absolute: bool = False) -> Tensor:
+        return run.evaluate(
+            call,
+            {self.slot(call): x},
+            absolute=self.constants if absolute else (),
+            overrides={"bias": x.new_zeros(int(call.shape("weight")[0]))},
+        )
+
+
 @once
 def _is_of_image(call: Call) -> bool:
     """Whether images come as a batch, with padding alike on both sides."""

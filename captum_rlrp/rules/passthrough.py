@@ -34,9 +34,11 @@ class PassThrough(Rule):
     def saturates(self, call: Call) -> bool:
         """Whether an infinite operand may give a finite result that the model did not mean.
 
-        In front of a softmax an infinity is a mask, and ``nan_to_num`` is there to remove it.
+        In front of a softmax or an exponential an infinity is a mask, and ``nan_to_num`` is there
+        to remove it.
         """
-        return self.operand == "self" and "softmax" not in call.name and call.name != "nan_to_num"
+        means_it = "softmax" in call.name or call.name in ("exp", "exp2", "nan_to_num")
+        return self.operand == "self" and not means_it
 
     def propagate(self, run: Pass, call: Call, r: Tensor) -> Sequence[Tensor]:
         return (sum_to(r, run.like(call.args[self.operand]).shape),)

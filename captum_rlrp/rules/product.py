@@ -46,6 +46,13 @@ class Product(Rule):
         return [sum_to(half, run.like(node).shape) for node in carriers]
 
 
+class Angle(Product):
+    """``atan2``: the angle of a quotient, and so shared as the quotient is."""
+
+    def select(self, call: Call) -> Rule | None:
+        return self if len(call.active) == 2 else PassThrough(call.slots[0][0])
+
+
 def _own_shape(node: Node) -> list[Any]:
     """The operand's shape before it was expanded to fit, as formulas of the batch size."""
     while getattr(node.target, "overloadpacket", None) in _EXPANSIONS:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CaptureError, InputError, RelativeLRPError
-from ..graph.export import plain_transformers
 from ..graph.form import Form
+from ..graph.plain import plain_layers
 from ..graph.twins import twin
 from .arguments import Batched, shapes_of, take
 
@@ -47,7 +47,7 @@ class Trial:
                 for device in devices:
                     with torch.cuda.device(device):
                         torch.cuda.manual_seed(seed)
-                with plain_transformers():
+                with plain_layers():
                     output: Tensor = self.root(*args)
         except (RelativeLRPError, MemoryError, torch.OutOfMemoryError):
             raise

@@ -42,6 +42,7 @@ from .statistics import (
     mean,
     norm,
     pair_distance,
+    running_log_sum_exp,
     variance,
 )
 
@@ -59,6 +60,7 @@ WRITTEN_OUT: dict[Any, Callable[[Arguments], Any]] = {
     aten.norm: norm,
     aten.linalg_vector_norm: norm,
     aten.logsumexp: log_sum_exp,
+    aten.logcumsumexp: running_log_sum_exp,
     aten.cosine_similarity: cosine,
     aten.cdist: distances,
     aten._cdist_forward: distances,

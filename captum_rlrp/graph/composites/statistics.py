@@ -62,6 +62,15 @@ def log_sum_exp(a: Arguments) -> Tensor:
     return (share * total).sum(dims, keepdim=bool(a.get("keepdim")))
 
 
+def running_log_sum_exp(a: Arguments) -> Tensor:
+    """The same for every beginning of the axis."""
+    x = a["self"].movedim(a["dim"], -1)
+    size = x.shape[-1]
+    later = torch.ones(size, size, dtype=torch.bool, device=x.device).triu(1)
+    share = x.unsqueeze(-2).expand(*x.shape, size).masked_fill(later, float("-inf")).softmax(-1)
+    return (share * x.logcumsumexp(-1).unsqueeze(-1)).sum(-1).movedim(-1, a["dim"])
+
+
 def broadcast(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Two operands of one shape."""
     shape = torch.broadcast_shapes(x.shape, y.shape)
