@@ -395,12 +395,15 @@ def test_folder_of_no_run(tmp_path: Path) -> None:
 # ---- several processes --------------------------------------------------------------------------
 
 
-def torchrun(ranks: int, *arguments: object, out: Path) -> subprocess.CompletedProcess[str]:
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+def torchrun(
+    ranks: int, *arguments: object, out: Path, restarts: int = 0
+) -> subprocess.CompletedProcess[str]:
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks,
+             "--max-restarts", restarts]  # fmt: skip
     options = ["--workers", 0, "--device", "cpu", "--threads", 1, "--out", out]
     command = [sys.executable, *start, "-m", "captum_rlrp", "dataset", *arguments, *options]
     return subprocess.run(
-        [str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
 
 
@@ -423,6 +426,20 @@ def test_two_ranks_by_torchrun_give_the_bits_of_one(tmp_path: Path) -> None:
         (two / "shards" / "000003.h5").unlink()
         (two / "statistics.h5").unlink()
         explain(two, dataset, **options)
+
+
+def test_torchrun_restarts_ranks_of_which_one_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark, out = tmp_path / "killed", tmp_path / "out"
+    monkeypatch.setenv("KILLED", str(mark))
+    arguments = ["tests.dataset_samples:Deadly", "--model", "tests.dataset_samples:build",
+                 "--batch-size", 4, "--shard-size", 4]  # fmt: skip
+    done = torchrun(2, *arguments, out=out, restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert (out / "shards" / "000001.h5").stat().st_mtime < mark.stat().st_mtime  # is not made anew
+    explain(tmp_path / "unharmed", shard_size=4)
+    assert shards(out) == shards(tmp_path / "unharmed")
 
 
 def test_more_ranks_than_samples(tmp_path: Path) -> None:
