@@ -224,6 +224,7 @@ def _work(
             shard.add(shown.arrays(batch, dataset))
             shard.failed += batch.skipped
             times.samples += len(batch.index)
+            times.first = times.first or time.perf_counter() - begin
             bar.explained(len(indices), times, time.perf_counter() - begin)
         before = time.perf_counter()
         arrays = shard.rows() | (shard.statistics.arrays() if shard.statistics.layers else {})
@@ -343,6 +344,7 @@ def _summary(everyone: Sequence[Times]) -> dict[str, Any]:
         "ranks": len(everyone),
         "finished": _now(),
         "seconds": round(total, 3),
+        "seconds_first_batch": round(max(times.first for times in everyone), 3),
         "samples_per_second": round(sum(t.samples for t in everyone) / (total or 1.0), 3),
         "share_waiting_for_data": round(sum(t.waiting for t in everyone) / busy, 4),
         "share_writing": round(sum(t.writing for t in everyone) / busy, 4),
