@@ -137,6 +137,10 @@ class Loops:
         wall, cpu = zip(*(end.recv() for end in self.ends[which]), strict=True)
         return sum(wall), sum(cpu)
 
+    def end(self) -> None:
+        for end in self.ends:
+            end.send(0)
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -155,6 +159,7 @@ def main() -> int:
         found["loop"], found["loop cpu"] = loops.rates(slice(1))
         found["loops"], found["loops cpu"] = loops.rates(slice(2))
         best = {name: max(value, best.get(name, 0.0)) for name, value in found.items()}
+    loops.end()
     print(
         f"{options.model}, best of {options.repeat}, in parts of what one does alone:\n"
         f"  two ranks by torchrun             {best['two'] / best['one']:.2f}\n"

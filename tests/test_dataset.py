@@ -180,6 +180,30 @@ def test_channels_of_a_transformer_lie_last(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.tensor(file["channels/0"][:]), expected)
 
 
+def test_statistics_of_a_vision_transformer(tmp_path: Path) -> None:
+    """Tokens have their channels last; the picture and the convolution that cuts it, first."""
+    models = pytest.importorskip("torchvision.models")
+    torch.manual_seed(0)
+    model = models.VisionTransformer(16, 8, 2, 2, 12, 20, num_classes=3).eval()
+    x = torch.rand(4, 3, 16, 16)
+    path = explain_dataset(model, TensorDataset(x), tmp_path, statistics="all", unit_dim=-1,
+                           channels=["conv_proj"], target=1, progress=False)  # fmt: skip
+    kept = StoredRun(tmp_path).statistics()
+    block = model.encoder.layers.encoder_layer_1.ln_2
+    name = "encoder.layers.encoder_layer_1.ln_2"
+    patches, tokens = LayerRelativeLRP(model, [model.conv_proj, block]).attribute(x, target=1)
+    with h5py.File(path) as file:
+        stored = torch.tensor(file["channels/conv_proj"][:])
+    torch.testing.assert_close(stored, patches.sum((2, 3)))
+    for layer, expected in (
+        ("input", RelativeLRP(model).attribute(x, target=1).sum((2, 3))),
+        ("conv_proj", patches.sum((2, 3))),
+        (name, tokens.sum(1)),
+    ):
+        mean = expected.mean(0).double()
+        torch.testing.assert_close(kept.mean(layer), mean, rtol=1e-4, atol=1e-8)
+
+
 def test_files_that_virelay_opens(tmp_path: Path) -> None:
     explain(tmp_path, shown=Shown(["ant", "bee", "cat"]))
     labels = json.loads((tmp_path / "label_map.json").read_text())

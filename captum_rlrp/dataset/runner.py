@@ -89,9 +89,10 @@ def explain_dataset(
                 :class:`RelevanceStatistics` are kept, in ``statistics.h5``: per class explained,
                 also of the inputs and the layers named above. They take no row per sample.
         unit_dim (int): The dimension of a layer's values in which its channels lie: 1 fits
-                convolutions and dense layers, -1 transformers.
+                convolutions and dense layers, -1 transformers. Of pictures and convolutions it is
+                always 1.
         embedding (str, optional): The layer at which integer inputs (tokens) are explained. Not
-                needed if the model has only one.
+                needed if the model has only one, or is Hugging Face's.
         batch_size (int): Samples explained together, at most.
         shard_size (int, optional): Samples per file. By default at most 256, and so few that
                 every rank has four shards.
