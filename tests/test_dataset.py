@@ -180,6 +180,30 @@ def test_channels_of_a_transformer_lie_last(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.tensor(file["channels/0"][:]), expected)
 
 
+def test_statistics_of_a_vision_transformer(tmp_path: Path) -> None:
+    """Tokens have their channels last; the picture and the convolution that cuts it, first."""
+    models = pytest.importorskip("torchvision.models")
+    torch.manual_seed(0)
+    model = models.VisionTransformer(16, 8, 2, 2, 12, 20, num_classes=3).eval()
+    x = torch.rand(4, 3, 16, 16)
+    path = explain_dataset(model, TensorDataset(x), tmp_path, statistics="all", unit_dim=-1,
+                           channels=["conv_proj"], target=1, progress=False)  # fmt: skip
+    kept = StoredRun(tmp_path).statistics()
+    block = model.encoder.layers.encoder_layer_1.ln_2
+    name = "encoder.layers.encoder_layer_1.ln_2"
+    patches, tokens = LayerRelativeLRP(model, [model.conv_proj, block]).attribute(x, target=1)
+    with h5py.File(path) as file:
+        stored = torch.tensor(file["channels/conv_proj"][:])
+    torch.testing.assert_close(stored, patches.sum((2, 3)))
+    for layer, expected in (
+        ("input", RelativeLRP(model).attribute(x, target=1).sum((2, 3))),
+        ("conv_proj", patches.sum((2, 3))),
+        (name, tokens.sum(1)),
+    ):
+        mean = expected.mean(0).double()
+        torch.testing.assert_close(kept.mean(layer), mean, rtol=1e-4, atol=1e-8)
+
+
 def test_files_that_virelay_opens(tmp_path: Path) -> None:
     explain(tmp_path, shown=Shown(["ant", "bee", "cat"]))
     labels = json.loads((tmp_path / "label_map.json").read_text())
@@ -395,12 +419,15 @@ def test_folder_of_no_run(tmp_path: Path) -> None:
 # ---- several processes --------------------------------------------------------------------------
 
 
-def torchrun(ranks: int, *arguments: object, out: Path) -> subprocess.CompletedProcess[str]:
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+def torchrun(
+    ranks: int, *arguments: object, out: Path, restarts: int = 0
+) -> subprocess.CompletedProcess[str]:
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks,
+             "--max-restarts", restarts]  # fmt: skip
     options = ["--workers", 0, "--device", "cpu", "--threads", 1, "--out", out]
     command = [sys.executable, *start, "-m", "captum_rlrp", "dataset", *arguments, *options]
     return subprocess.run(
-        [str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
 
 
@@ -423,6 +450,20 @@ def test_two_ranks_by_torchrun_give_the_bits_of_one(tmp_path: Path) -> None:
         (two / "shards" / "000003.h5").unlink()
         (two / "statistics.h5").unlink()
         explain(two, dataset, **options)
+
+
+def test_torchrun_restarts_ranks_of_which_one_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark, out = tmp_path / "killed", tmp_path / "out"
+    monkeypatch.setenv("KILLED", str(mark))
+    arguments = ["tests.dataset_samples:Deadly", "--model", "tests.dataset_samples:build",
+                 "--batch-size", 4, "--shard-size", 4]  # fmt: skip
+    done = torchrun(2, *arguments, out=out, restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert (out / "shards" / "000001.h5").stat().st_mtime < mark.stat().st_mtime  # is not made anew
+    explain(tmp_path / "unharmed", shard_size=4)
+    assert shards(out) == shards(tmp_path / "unharmed")
 
 
 def test_more_ranks_than_samples(tmp_path: Path) -> None:

@@ -100,6 +100,12 @@ def test_text_of_hugging_face(tmp_path: Path) -> None:
     arguments = (tmp_path / "reviews.csv", "--model", f"hf/{tmp_path / 'net'}", "--tokens", 6)
     layer = "bert.embeddings.word_embeddings"
     assert run(*arguments, "--embedding", layer, out=tmp_path / "run") == 0
+    assert run(*arguments, out=tmp_path / "same") == 0  # Hugging Face's models tell which it is
+    with (
+        h5py.File(tmp_path / "run" / "attribution.h5") as a,
+        h5py.File(tmp_path / "same" / "attribution.h5") as b,
+    ):
+        assert (a["attribution"][:] == b["attribution"][:]).all()
     with h5py.File(tmp_path / "run" / "attribution.h5") as file:
         assert file["attribution"].shape == (2, 6)
         assert file["label"][:].tolist() == [1, 0]
@@ -165,6 +171,7 @@ def test_cores_are_shared_among_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         ("nowhere:build", None, "module 'nowhere' cannot be imported"),
         ("tests.dataset_samples:nothing", None, "has no function 'nothing'"),
         ("tests.dataset_samples:pictures", None, "returns a Pictures, not a torch"),
+        ("resnet50", None, "resnet50 needs weights .*DEFAULT"),
         ("timm/resnet10t", None, "DEFAULT or a state-dict file"),
         ("hf/some/folder", "x.pt", "brings its weights along"),
     ],

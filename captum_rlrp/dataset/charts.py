@@ -33,6 +33,7 @@ def histogram(groups: Sequence[tuple[str, Array, str]], label: str) -> str:
     axis.ticklabel_format(axis="x", scilimits=(-3, 3))
     axis.set_xlabel(label)
     axis.set_ylabel("samples")
+    axis.locator_params(axis="y", integer=True)
     if len(groups) > 1:
         axis.legend(frameon=False, fontsize=8, labelcolor=_INK)
     return svg(figure, f"Histogram: {label}")

@@ -21,6 +21,7 @@ from .store import PER_SAMPLE, SCALE, Array
 
 Target = int | Literal["predicted", "label"]
 Kept = Sequence[str] | Literal["all"]
+_CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
 
 
 @dataclass
@@ -58,7 +59,8 @@ class Explainer:
         channels: Names of layers of which each channel's sum is kept.
         statistics: Names of layers of which statistics are kept, and of the inputs and the layers
             above with them; ``"all"`` for every leaf.
-        unit_dim: The dimension in which a layer's channels lie.
+        unit_dim: The dimension in which a layer's channels lie, save those of pictures and
+            convolutions.
         embedding: Where integer inputs are explained; the only embedding of the model if None.
         batch_size: Batches with fewer samples are filled up, so that all have one shape.
         dtype: In which relevance is stored.
@@ -78,7 +80,9 @@ class Explainer:
         dtype: Literal["float16", "float32"] = "float32",
         backend: Backend = "auto",
     ) -> None:
-        self.model, self.targets, self.backend = _Rows(model), list(targets), backend
+        # Errors name the user's class.
+        self.model = type(type(model).__name__, (_Rows,), {})(model)
+        self.targets, self.backend = list(targets), backend
         self.layers, self.channels, self.statistics = list(layers), list(channels), statistics
         self.unit_dim, self.embedding, self.batch_size = unit_dim, embedding, batch_size
         self.dtype = np.dtype(dtype)
@@ -126,7 +130,8 @@ class Explainer:
             found.append(some)
         if self.statistics:  # nothing is counted of a batch that fails
             for start, some in zip(starts, found, strict=True):
-                into.statistics.add(some, start.columns[:count], self.unit_dim)
+                dims = {name: self._unit_dim(name, value) for name, value in some.items()}
+                into.statistics.add(some, start.columns[:count], dims)
             into.statistics.edges = [
                 (a.removeprefix("model."), b.removeprefix("model."))
                 for a, b in self._at(inputs[0]).edges
@@ -167,8 +172,16 @@ class Explainer:
             if layer in self.layers:
                 result[f"layers/{name}"] = value
             if layer in self.channels:
-                result[f"channels/{name}"] = unit_sums(value, self.unit_dim)
+                result[f"channels/{name}"] = unit_sums(value, self._unit_dim(name, value))
         return result
+
+    def _unit_dim(self, site: str, value: Tensor) -> int:
+        """Channels of pictures and behind convolutions come first in transformers, too."""
+        name = site.split("#")[0]
+        if name == "input":
+            return 1 if value.dim() == 4 else self.unit_dim
+        modules = dict(self.model.model.named_modules())
+        return 1 if isinstance(modules.get(name), _CHANNELS_FIRST) else self.unit_dim
 
     def _at(self, first: Tensor) -> Sites:
         if self._sites is None:
@@ -190,10 +203,13 @@ class Explainer:
             ) from None
 
     def _only_embedding(self) -> str:
+        # Hugging Face's models tell which of theirs is that of the tokens.
+        told = getattr(self.model.model, "get_input_embeddings", lambda: None)()
         found = [
             name
             for name, module in self.model.model.named_modules()
-            if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+            if (told is None and isinstance(module, (nn.Embedding, nn.EmbeddingBag)))
+            or (told is not None and module is told)
         ]
         if len(found) != 1:
             raise InputError(

@@ -18,9 +18,10 @@ _REFRESH = 2.0  # seconds between two looks at what the other ranks have written
 
 @dataclass
 class Times:
-    """Seconds of one rank: in all, waiting for samples, writing; and samples explained."""
+    """Seconds of one rank: in all, the first batch, waiting for samples, writing; and samples."""
 
     total: float = 0.0
+    first: float = 0.0  # in which the model is captured
     waiting: float = 0.0
     writing: float = 0.0
     samples: int = 0

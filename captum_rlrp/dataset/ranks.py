@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,13 +51,36 @@ def joined() -> Iterator[Ranks]:
     if dist.is_available() and dist.is_initialized():
         yield Ranks(dist.get_rank(), dist.get_world_size())
     elif dist.is_available() and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group("gloo", timeout=_PATIENCE)
+        store, rank, world = next(dist.rendezvous("env://", timeout=_PATIENCE))  # type: ignore[attr-defined]
+        store = _unused(store, rank, world)
+        dist.init_process_group("gloo", None, _PATIENCE, world, rank, store)
         try:
             yield Ranks(dist.get_rank(), dist.get_world_size())
         finally:
             dist.destroy_process_group()
     else:
         yield Ranks()
+
+
+def _unused(store: Any, rank: int, world: int) -> Any:
+    """A part of the store in which only these processes have been.
+
+    torchrun keeps one store over all its restarts (as of PyTorch 2.14), in which gloo would find
+    the addresses of processes that are dead. So the first rank names a new part: it answers each
+    process under that one's own name, for what a dead one asked is in the store, too.
+    """
+    name = uuid.uuid4().hex
+    if rank:
+        store.set(f"asks/{rank}", name)
+        name = store.get(f"answer/{name}").decode()
+        store.add(f"joined/{name}", 1)
+    else:
+        while store.add(f"joined/{name}", 0) < world - 1:
+            for other in range(1, world):
+                if store.check([f"asks/{other}"]):
+                    store.set(f"answer/{store.get(f'asks/{other}').decode()}", name)
+            time.sleep(0.01)
+    return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
 
 
 def local_rank() -> int:

@@ -89,9 +89,10 @@ def explain_dataset(
                 :class:`RelevanceStatistics` are kept, in ``statistics.h5``: per class explained,
                 also of the inputs and the layers named above. They take no row per sample.
         unit_dim (int): The dimension of a layer's values in which its channels lie: 1 fits
-                convolutions and dense layers, -1 transformers.
+                convolutions and dense layers, -1 transformers. Of pictures and convolutions it is
+                always 1.
         embedding (str, optional): The layer at which integer inputs (tokens) are explained. Not
-                needed if the model has only one.
+                needed if the model has only one, or is Hugging Face's.
         batch_size (int): Samples explained together, at most.
         shard_size (int, optional): Samples per file. By default at most 256, and so few that
                 every rank has four shards.
@@ -224,6 +225,7 @@ def _work(
             shard.add(shown.arrays(batch, dataset))
             shard.failed += batch.skipped
             times.samples += len(batch.index)
+            times.first = times.first or time.perf_counter() - begin
             bar.explained(len(indices), times, time.perf_counter() - begin)
         before = time.perf_counter()
         arrays = shard.rows() | (shard.statistics.arrays() if shard.statistics.layers else {})
@@ -343,6 +345,7 @@ def _summary(everyone: Sequence[Times]) -> dict[str, Any]:
         "ranks": len(everyone),
         "finished": _now(),
         "seconds": round(total, 3),
+        "seconds_first_batch": round(max(times.first for times in everyone), 3),
         "samples_per_second": round(sum(t.samples for t in everyone) / (total or 1.0), 3),
         "share_waiting_for_data": round(sum(t.waiting for t in everyone) / busy, 4),
         "share_writing": round(sum(t.writing for t in everyone) / busy, 4),

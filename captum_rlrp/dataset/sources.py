@@ -134,9 +134,10 @@ def _from_torchvision(name: str, weights: str | None) -> Source:
         extras: dict[str, Any] = {"num_classes": count}
     else:
         if weights not in catalogue.__members__:
+            wrong = "It is not said which" if weights is None else f"{weights!r} is neither"
             raise InputError(
-                f"Weights {weights!r} are neither a file nor weights of {name}, which are: "
-                f"{', '.join(catalogue.__members__)}."
+                f"{name} needs weights (--weights): a state-dict file, or one of "
+                f"{', '.join(catalogue.__members__)}. {wrong}."
             )
         entry = catalogue[weights]
         count, extras = len(entry.meta["categories"]), {"weights": entry}
@@ -161,7 +162,7 @@ def _from_timm(name: str, weights: str | None) -> Source:
     from_file = weights is not None and Path(weights).is_file()
     if not from_file and weights != "DEFAULT":
         raise InputError(
-            f"Weights of timm's models are DEFAULT or a state-dict file, not {weights!r}."
+            f"timm/{name} needs weights (--weights): DEFAULT or a state-dict file, not {weights!r}."
         )
     extras = {}
     if from_file:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import io
 import itertools
 import json
 import os
@@ -218,9 +219,9 @@ def merge(out: Path, attributes: Mapping[str, Any] | None = None) -> Path:
     with written(out / "data.h5") as file:
         if with_rows:
             _link_samples(h5py, file, run.samples, with_rows)
-    table = [["index", "reason"], *([str(i), reason] for i, reason in skipped)]
-    with (out / "skipped.csv").open("w", newline="", encoding="utf-8") as csv_file:
-        csv.writer(csv_file).writerows(table)
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows([["index", "reason"], *skipped])
+    write_file(out / "skipped.csv", table.getvalue().encode())
     with written(out / "attribution.h5") as file:
         for name in with_rows[0].shapes if with_rows else ():
             if not name.startswith(PER_SAMPLE):

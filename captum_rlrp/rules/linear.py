@@ -131,9 +131,11 @@ class LinearRule(Rule):
 
     def measure(self, run: Pass, call: Call, x: Tensor, r: Tensor, result: Tensor) -> None:
         """Notes how far ``Σ_i r_i`` is from what the law says, in parts of ``Σ_j |r_j|``."""
-        d = self.apply(run, call, x.abs(), absolute=True).double()
-        kept = self.apply(run, call, x).double() / d if self.signed else torch.ones_like(d)
-        note_violation(run, call, self.operand(call), r, torch.where(d > 0, kept, 0.0), result)
+        d = self.apply(run, call, x.abs(), absolute=True)
+        kept = d > 0  # of a spatial map; these are large: no float64 where a bit will do
+        if self.signed:
+            kept = torch.where(kept, self.apply(run, call, x).double() / d.double(), 0.0)
+        note_violation(run, call, self.operand(call), r, kept, result)
 
 
 def note_violation(
