@@ -22,6 +22,18 @@ inline Level detect() {
   return avx2 && avx512 ? Level::kAvx512 : avx2 ? Level::kAvx2 : Level::kBase;
 }
 
+// What the loops run on here, in words.
+inline const char* instructions() {
+  switch (detect()) {
+    case Level::kAvx512:
+      return "AVX-512";
+    case Level::kAvx2:
+      return "AVX2";
+    default:
+      return "vectors of 4 floats: this processor has neither AVX2 nor AVX-512";
+  }
+}
+
 template <class F>
 __attribute__((noinline, target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void on_avx512(
     const F& f) {
@@ -49,6 +61,10 @@ void run_wide(const F& f) {
 }
 
 #else
+
+inline const char* instructions() {
+  return "vectors of 4 floats: kernels for wider ones are written for x86-64 only";
+}
 
 template <class F>
 void run_wide(const F& f) {
