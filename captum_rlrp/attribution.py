@@ -109,8 +109,8 @@ class RelativeLRP(_Explainer, Attribution):
     r"""
     Relative Layer-Wise Relevance Propagation [https://arxiv.org/abs/2501.14322]: one unit of
     relevance starts at the target output and is propagated backwards, in proportion to
-    contributions. With c_ji = a_ji x_i the contribution of input i to output j of a linear map,
-    and D_j = Σ_k |c_jk|::
+    contributions. With ``c_ji = a_ji x_i`` the contribution of input i to output j of a linear
+    map, and ``D_j = Σ_k |c_jk|``::
 
         spatial maps     r_i = Σ_j r_j |c_ji| / D_j
         dense maps       r_i = Σ_j r_j  c_ji  / D_j
@@ -259,8 +259,8 @@ class RelativeLRP(_Explainer, Attribution):
               number is above most shares, and for integers. Its unit is a share of the one
               unit put on the target: the absolute values of an example sum to 1 at most.
             - **delta** (*Tensor*): Shape (batch,). The largest relative violation, over all
-              linear maps, of Σ_i r_i = Σ_j r_j (in dense maps Σ_j r_j (y_j − b_j) / D_j):
-              rounding error only, about 1e-6 in float32.
+              linear maps, of ``Σ_i r_i = Σ_j r_j`` (in dense maps
+              ``Σ_j r_j (y_j − b_j) / D_j``): rounding error only, about 1e-6 in float32.
 
         Raises:
 
@@ -325,7 +325,7 @@ class LayerRelativeLRP(_Explainer, LayerAttribution):
     :class:`RelativeLRP` and in one pass however many layers are asked for.
 
     A layer inside the final section (the linear maps that end at the output) gets the section's
-    rule up to that point: with v its value and J' the rest of the section, v ⊙ J'ᵀ r, divided
+    rule up to that point: with v its value and J' the rest of the section, ``v ⊙ J'ᵀ r``, divided
     by its absolute sum. A convolution in front of its batch norm has the relevance of the norm's
     output, because the norm passes it on.
 
