@@ -32,6 +32,8 @@ extensions = [
 exclude_patterns = ["_build", "figures"]
 html_theme = "pydata_sphinx_theme"
 html_title = "captum_rlrp"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_theme_options = {"show_prev_next": False, "secondary_sidebar_items": ["page-toc"]}
 
@@ -39,6 +41,7 @@ myst_heading_anchors = 4
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
+nb_output_stderr = "remove"  # tqdm misses a widget there
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say them
