@@ -106,11 +106,15 @@ inline bool streams(const void* to) { return reinterpret_cast<uintptr_t>(to) % 6
 template <int kLanes>
 RLRP_INLINE inline void stream(float* to, Vector<kLanes> value) {
   Vector<kLanes>& place = *reinterpret_cast<Vector<kLanes>*>(to);
+#if defined(__clang__)
+  __builtin_nontemporal_store(value, &place);
+#else
   if constexpr (kLanes == 4) {
     asm volatile("movntps %1, %0" : "=m"(place) : "x"(value));
   } else {
     asm volatile("vmovntps %1, %0" : "=m"(place) : "v"(value));
   }
+#endif
 }
 
 // Has what was stored so seen by others.
@@ -129,10 +133,10 @@ inline void end_stream() {}
 
 #endif
 
-// A vector that stays in a register: the compiler might read it from memory anew for every use.
+// A vector that stays in a register: gcc might read it from memory anew for every use.
 template <int kLanes>
 RLRP_INLINE inline Vector<kLanes> hold(Vector<kLanes> value) {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(__clang__)
   asm("" : "+v"(value));
 #endif
   return value;
