@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 # Compiling every file of torch to bytecode takes longer than to compile, later, the few imported.
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 CSRC := $(shell find csrc -type f 2>/dev/null)
-HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1 || echo 0)
+CUDA_IF_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo auto || echo 0)
 BUILD_TOOLS := "setuptools>=77" wheel ninja
 SOURCES := captum_rlrp tests examples $(wildcard docs/*.py docs/*/*.py benchmarks evaluation scripts) setup.py
 
@@ -60,13 +60,10 @@ $(VENV)/.torch:
 	$(PIP) torch torchvision $(BUILD_TOOLS)
 	touch $@
 
-# For the demo: what it runs on, so the CUDA kernels only where there is a GPU to run them. The retry
-# covers a compiler that is there and fails; setup.py itself carries on where there is none.
+# For the demo: what it runs on, so the CUDA kernels only where there is a GPU to run them.
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
 	find captum_rlrp -name '*.so' -delete  # an older build, for one Python, would be found first
-	CAPTUM_RLRP_CUDA=$(HAS_GPU) $(PIP) --no-build-isolation --editable . scikit-learn \
-		|| { echo "the extension does not build here: going on without it" >&2; \
-		     CAPTUM_RLRP_EXTENSION=0 $(PIP) --no-build-isolation --editable . scikit-learn; }
+	CAPTUM_RLRP_CUDA=$(CUDA_IF_GPU) $(PIP) --no-build-isolation --editable . scikit-learn
 	touch $@
 
 # For the tests: everything, the CUDA kernels compiled and linked wherever nvcc is found.

@@ -4,7 +4,8 @@ The CPU kernels (``captum_rlrp._C``) and the CUDA kernels (``captum_rlrp._C_cuda
 so that one built next to a CUDA torch still loads under a CPU-only torch.
 
 Environment:
-    CAPTUM_RLRP_EXTENSION=0   build no extension at all (the reference kernels run instead)
+    CAPTUM_RLRP_EXTENSION=0/1 build no extension (the reference kernels run instead) / fail if it
+                              does not build; default: a module that does not build is left out
     CAPTUM_RLRP_CUDA=0/1      without / with CUDA; default: if torch has CUDA and nvcc is found
     CAPTUM_RLRP_SANITIZE=...  a list for -fsanitize=, e.g. address,undefined
     TORCH_CUDA_ARCH_LIST      default 8.0;9.0+PTX
@@ -27,6 +28,10 @@ ROOT = Path(__file__).parent
 STABLE_ABI = "0x020b000000000000"
 # The oldest Python that a build runs under, by its limited API: one wheel serves all later ones.
 PYTHON_ABI = "cp310"
+WITHOUT = (
+    "installing without compiled kernels, plain PyTorch will compute the same, slower; "
+    "for the kernels install a C++20 compiler (CXX names one) and install again"
+)
 
 
 def say(message: str) -> None:
@@ -64,9 +69,12 @@ def extension_arguments() -> dict:
     if os.environ.get("CAPTUM_RLRP_EXTENSION", "1") == "0":
         say("CAPTUM_RLRP_EXTENSION=0, so no compiled kernels: the reference kernels will run")
         return {}
+    demanded = os.environ.get("CAPTUM_RLRP_EXTENSION") == "1"
     compiler = os.environ.get("CXX", "c++").split()[0]
-    if shutil.which(compiler) is None and shutil.which("g++") is None:
-        say(f"no C++ compiler ({compiler}) found: installing without the compiled kernels")
+    if shutil.which(compiler) is None:
+        if demanded:
+            raise SystemExit(f"captum-rlrp: CAPTUM_RLRP_EXTENSION=1, but {compiler} was not found")
+        say(f"{compiler} was not found: {WITHOUT}")
         return {}
     cuda_home = find_cuda_home()
     if cuda_home:
@@ -75,7 +83,9 @@ def extension_arguments() -> dict:
         import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
     except ImportError as error:
-        say(f"{error}: installing without the compiled kernels")
+        if demanded:
+            raise
+        say(f"{error}: {WITHOUT}")
         return {}
 
     sanitize = os.environ.get("CAPTUM_RLRP_SANITIZE", "")
@@ -140,9 +150,27 @@ def extension_arguments() -> dict:
         )
     elif wanted != "0":
         say("no CUDA kernels: " + ("nvcc not found" if torch.version.cuda else "torch has no CUDA"))
+
+    class BuildWhatBuilds(BuildExtension):
+        """Where a compiler fails, its module is left out, unless that was demanded."""
+
+        def build_extensions(self) -> None:
+            every, built = self.extensions, []
+            for one in every:
+                self.extensions = [one]
+                try:
+                    super().build_extensions()
+                except Exception as error:  # each compiler and build tool has its own
+                    if demanded or wanted == "1":
+                        raise
+                    say(f"{one.name} does not build ({error}): {WITHOUT}")
+                    break  # the CUDA kernels are the second, and of no use without the first
+                built.append(one)
+            self.extensions = built
+
     return {
         "ext_modules": extensions,
-        "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=True)},
+        "cmdclass": {"build_ext": BuildWhatBuilds},
         "options": {"bdist_wheel": {"py_limited_api": PYTHON_ABI}},
     }
 

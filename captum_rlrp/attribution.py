@@ -111,12 +111,11 @@ class RelativeLRP(_Explainer, Attribution):
     r"""
     Relative Layer-Wise Relevance Propagation [https://arxiv.org/abs/2501.14322]: one unit of
     relevance starts at the target output and is propagated backwards, in proportion to
-    contributions. With :math:`c_{ji} = a_{ji} x_i` the contribution of input i to output j of
-    a linear map,
+    contributions. With ``c_ji = a_ji x_i`` the contribution of input i to output j of a linear
+    map, and ``D_j = Σ_k |c_jk|``::
 
-    .. math::
-        r_i = \sum_j r_j \frac{|c_{ji}|}{\sum_k |c_{jk}|} \quad \text{(spatial maps)}, \qquad
-        r_i = \sum_j r_j \frac{c_{ji}}{\sum_k |c_{jk}|} \quad \text{(dense maps)}
+        spatial maps     r_i = Σ_j r_j |c_ji| / D_j
+        dense maps       r_i = Σ_j r_j  c_ji  / D_j
 
     Nothing in a divisor cancels, and every share lies in [-1, 1]. A skip connection follows the
     same law. There is no hyperparameter. The definition is one consistent with the paper's
@@ -262,9 +261,8 @@ class RelativeLRP(_Explainer, Attribution):
               number is above most shares, and for integers. Its unit is a share of the one
               unit put on the target: the absolute values of an example sum to 1 at most.
             - **delta** (*Tensor*): Shape (batch,). The largest relative violation, over all
-              linear maps, of :math:`\sum_i r_i = \sum_j r_j` (in dense maps
-              :math:`\sum_j r_j (y_j - b_j) / \sum_k |c_{jk}|`): rounding error only, about
-              1e-6 in float32.
+              linear maps, of ``Σ_i r_i = Σ_j r_j`` (in dense maps
+              ``Σ_j r_j (y_j − b_j) / D_j``): rounding error only, about 1e-6 in float32.
 
         Raises:
 
@@ -329,9 +327,9 @@ class LayerRelativeLRP(_Explainer, LayerAttribution):
     :class:`RelativeLRP` and in one pass however many layers are asked for.
 
     A layer inside the final section (the linear maps that end at the output) gets the section's
-    rule up to that point: with v its value and J' the rest of the section,
-    :math:`v \odot J'^\top r`, divided by its absolute sum. A convolution in front of its batch
-    norm has the relevance of the norm's output, because the norm passes it on.
+    rule up to that point: with v its value and J' the rest of the section, ``v ⊙ J'ᵀ r``, divided
+    by its absolute sum. A convolution in front of its batch norm has the relevance of the norm's
+    output, because the norm passes it on.
 
     Args:
 

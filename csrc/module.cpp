@@ -3,6 +3,7 @@
 // By Python's limited API alone, so that one build serves every Python from 3.10 on.
 #include <Python.h>
 
+#include "cpu/simd.h"
 #include "memory.h"
 
 #ifndef RLRP_FLAGS
@@ -48,7 +49,8 @@ PyObject* build_info(PyObject*, PyObject*) {
 #else
   const char* compiler = "gcc " __VERSION__;
 #endif
-  return Py_BuildValue("{ssss}", "compiler", compiler, "flags", RLRP_FLAGS);
+  return Py_BuildValue("{ssssss}", "compiler", compiler, "flags", RLRP_FLAGS, "instructions",
+                       rlrp::simd::instructions());
 }
 
 PyMethodDef methods[] = {{"memory_new", memory_new, METH_NOARGS, nullptr},

@@ -26,21 +26,22 @@ extensions = [
     "myst_nb",  # pages in Markdown, and notebooks in Markdown, which are executed
     "sphinx.ext.autodoc",
     "sphinx.ext.doctest",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
 exclude_patterns = ["_build", "figures"]
 html_theme = "pydata_sphinx_theme"
 html_title = "captum_rlrp"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_theme_options = {"show_prev_next": False, "secondary_sidebar_items": ["page-toc"]}
 
-myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
+nb_output_stderr = "remove"  # tqdm misses a widget there
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say them

@@ -78,7 +78,8 @@ def test_examples_of_docstrings_run(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 COMMAND = re.compile(
     r"(?:[A-Z_]+=\S+ )*"
-    r"(?:captum-rlrp|pip|make|python|pytest|torchrun|git|cibuildwheel|scripts/)\S*(?: |$)"
+    r"(?:captum-rlrp|pip|make|python|pytest|torchrun|git|cibuildwheel|auditwheel|scripts/)"
+    r"\S*(?: |$)"
 )
 # Commands that no test runs, by how they begin, and why.
 NOT_RUN = {
@@ -92,6 +93,7 @@ NOT_RUN = {
     "python -m evaluation.gallery": "tests/test_evaluation.py runs its parts",
     "python -m build": "takes minutes; the workflow for wheels does it",
     "cibuildwheel": "needs containers; the workflow for wheels runs it",
+    "auditwheel": "wants a wheel, minutes of compiling; the workflow for wheels does it",
     "python docs/figures/": "test_figures_are_drawn",
     "pytest tests": "these are the tests",
     "OMP_NUM_THREADS=1 pytest tests": "these are the tests",

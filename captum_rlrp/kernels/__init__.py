@@ -57,7 +57,8 @@ def get_backend(name: str = "auto") -> ModuleType:
         _warned = True
         warnings.warn(
             "captum_rlrp runs on its reference kernels, which are slower: the compiled ones "
-            f"did not load ({extension.load_error()})",
+            f"did not load ({extension.load_error()}). Install the package again with a C++20 "
+            "compiler, or ask for them: backend='reference'",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -23,6 +23,18 @@ inline Level detect() {
   return avx2 && avx512 ? Level::kAvx512 : avx2 ? Level::kAvx2 : Level::kBase;
 }
 
+// What the loops run on here, in words.
+inline const char* instructions() {
+  switch (detect()) {
+    case Level::kAvx512:
+      return "AVX-512";
+    case Level::kAvx2:
+      return "AVX2";
+    default:
+      return "vectors of 4 floats: this processor has neither AVX2 nor AVX-512";
+  }
+}
+
 template <class F>
 __attribute__((noinline, target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void on_avx512(
     const F& f) {
@@ -50,6 +62,10 @@ void run_wide(const F& f) {
 }
 
 #else
+
+inline const char* instructions() {
+  return "vectors of 4 floats: kernels for wider ones are written for x86-64 only";
+}
 
 template <class F>
 void run_wide(const F& f) {
@@ -102,11 +118,15 @@ inline bool streams(const void* to) { return reinterpret_cast<uintptr_t>(to) % 6
 template <int kLanes>
 RLRP_INLINE inline void stream(float* to, Vector<kLanes> value) {
   Vector<kLanes>& place = *reinterpret_cast<Vector<kLanes>*>(to);
+#if defined(__clang__)
+  __builtin_nontemporal_store(value, &place);
+#else
   if constexpr (kLanes == 4) {
     asm volatile("movntps %1, %0" : "=m"(place) : "x"(value));
   } else {
     asm volatile("vmovntps %1, %0" : "=m"(place) : "v"(value));
   }
+#endif
 }
 
 // Has what was stored so seen by others.
@@ -125,10 +145,10 @@ inline void end_stream() {}
 
 #endif
 
-// A vector that stays in a register: the compiler might read it from memory anew for every use.
+// A vector that stays in a register: gcc might read it from memory anew for every use.
 template <int kLanes>
 RLRP_INLINE inline Vector<kLanes> hold(Vector<kLanes> value) {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(__clang__)
   asm("" : "+v"(value));
 #endif
   return value;

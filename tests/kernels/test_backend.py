@@ -88,9 +88,12 @@ def test_a_missing_extension_is_said_once(no_extension):
 
 
 @needs_extension
-def test_build_info_names_compiler_and_flags():
+def test_build_info_names_compiler_flags_and_instructions():
     info = kernels.show_config()["build"]
     assert {"compiler", "flags"} <= set(info)
+    words = {"AVX512": "AVX-512", "AVX2": "AVX2"}
+    capability = torch.backends.cpu.get_cpu_capability()
+    assert words.get(capability, "vectors of 4 floats") in str(info["instructions"])
 
 
 @needs_extension
