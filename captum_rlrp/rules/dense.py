@@ -85,30 +85,26 @@ def _sums_nothing(call: Call, operand: int | None) -> bool:
 
 
 class Linear(Dense):
-    """``aten.linear``: y = x Wᵀ + b."""
+    """``aten.linear``: y = x Wᵀ + b, linear in x."""
 
-    @once
-    def _multiplies(self, call: Call) -> bool:
-        return self.slot(call)[0] == "input" and len(call.shape("weight")) == 2
+    def select(self, call: Call) -> Rule | None:
+        is_of_rows = call.slots == (("input", None),) and len(call.shape("weight")) == 2
+        return self if is_of_rows else Dense().select(call)
 
     def transpose(self, run: Pass, call: Call, g: Tensor, *, absolute: bool = False) -> Tensor:
-        if not self._multiplies(call):
-            return super().transpose(run, call, g, absolute=absolute)
         weight: Tensor = cast(run.value(call.args["weight"]), g.dtype)
         if call.node is run.output and run.column is not None and not absolute:
             return run.kernels.linear_rows(weight, run.column)
         return run.kernels.linear(g, weight.abs() if absolute else weight)
 
     def shares(self, run: Pass, call: Call, x: Tensor, r: Tensor) -> Tensor:
-        if not self._multiplies(call):
-            return super().shares(run, call, x, r)
         weight = cast(run.value(call.args["weight"]), r.dtype)
         result, seen = run.kernels.linear_relevance(x, weight, r)
         run.check(seen)
         return result
 
     def route(self, run: Pass, call: Call, r: Tensor) -> Tensor:
-        return r.sum(-1, keepdim=True) if self._multiplies(call) else super().route(run, call, r)
+        return r.sum(-1, keepdim=True)
 
 
 class WithShift(Dense):
