@@ -352,3 +352,18 @@ def test_captums_interface() -> None:
     assert explainer.compute_convergence_delta(relevance, torch.ones(3)).shape == (3,)
     with pytest.raises(NotImplementedError):
         explainer.attribute_future()
+
+
+def test_nothing_grows_from_call_to_call() -> None:
+    class Products(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(x @ x.transpose(1, 2))
+            return (y @ x).flatten(1)
+
+    rlrp, x = RelativeLRP(Products()), torch.rand(2, 3, 3)
+    sizes = []
+    for _ in range(3):
+        rlrp.attribute(x, target=0)
+        steps = rlrp._engine.captured((x,), 1, 2).program.plan.steps
+        sizes.append(sum(len(step.call.known) for step in steps if hasattr(step, "call")))
+    assert sizes[0] == sizes[2] > 0

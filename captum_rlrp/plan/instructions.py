@@ -286,7 +286,7 @@ class Linear(_OneCall):
 
     def __call__(self, run: Pass) -> Tensor:
         args = self.call.args
-        x, weight, bias = (run.value(args[name]) for name in ("input", "weight", "bias"))
+        x, weight, bias = run.value([args["input"], args["weight"], args["bias"]])
         product = onednn.linear if onednn.multiplies(x, weight) else torch.nn.functional.linear
         return product(x, weight, bias)
 

@@ -110,15 +110,13 @@ def _sums_nothing(call: Call, operand: int | None) -> bool:
 
 
 class Linear(Dense):
-    """``aten.linear``: y = x Wᵀ + b."""
+    """``aten.linear``: y = x Wᵀ + b, linear in x."""
 
-    @once
-    def _multiplies(self, call: Call) -> bool:
-        return self.slot(call)[0] == "input" and _has_matrix(call)
+    def select(self, call: Call) -> Rule | None:
+        is_of_rows = call.slots == (("input", None),) and len(call.shape("weight")) == 2
+        return self if is_of_rows else Dense().select(call)
 
     def transpose(self, run: Pass, call: Call, g: Tensor, *, absolute: bool = False) -> Tensor:
-        if not self._multiplies(call):
-            return super().transpose(run, call, g, absolute=absolute)
         if absolute:
             return run.kernels.linear(g, run.magnitude(call.args["weight"], g.dtype))
         weight: Tensor = cast(run.value(call.args["weight"]), g.dtype)
@@ -127,8 +125,6 @@ class Linear(Dense):
         return run.kernels.linear(g, weight)
 
     def shares(self, run: Pass, call: Call, x: Tensor, r: Tensor) -> Tensor:
-        if not self._multiplies(call):
-            return super().shares(run, call, x, r)
         node = call.args["weight"]
         magnitude = run.magnitude(node, r.dtype) if node in run.magnitudes else None
         weight = cast(run.value(node), r.dtype)
@@ -137,12 +133,7 @@ class Linear(Dense):
         return result
 
     def route(self, run: Pass, call: Call, r: Tensor) -> Tensor:
-        return r.sum(-1, keepdim=True) if self._multiplies(call) else super().route(run, call, r)
-
-
-@once
-def _has_matrix(call: Call) -> bool:
-    return len(call.shape("weight")) == 2
+        return r.sum(-1, keepdim=True)
 
 
 class WithShift(Dense):

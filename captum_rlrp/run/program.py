@@ -119,9 +119,9 @@ class Program:
     def forward(self, given: Mapping[Node, Any]) -> Pass:
         """Runs the model on the values of its placeholders."""
         run = Pass(self.kernels, dict(given), {}, self.plan.layouts, self.graph.output)
-        values = run.values
+        values, likes = run.values, run.likes
         for node in self.given:
-            run.likes[node] = _like(values[node])
+            likes[node] = _like(values[node])
         if self.instructions:
             # One conversion here keeps every image channels_last to the end.
             for node in self.plan.roots:
@@ -132,7 +132,9 @@ class Program:
         for node, make, covers, freed in self.calls:
             values[node] = value = make(run)
             if covers:
-                run.likes.update(dict.fromkeys(covers, _like(value)))
+                like = _like(value)
+                for covered in covers:
+                    likes[covered] = like
             for done in freed:
                 values.pop(done, None)
         return run
@@ -182,7 +184,7 @@ def _like(value: Tensor) -> Like:
 
 def _own(r: Tensor) -> Tensor:
     """A copy in memory that outlives the run: the kernels' working memory does not."""
-    return torch.empty_like(r).copy_(r)
+    return r.clone()
 
 
 def find_non_finite(program: Program, values: Mapping[Node, Any]) -> NonFiniteError | None:
