@@ -14,6 +14,9 @@ from torchvision import models
 from captum_rlrp import LayerRelativeLRP, NonFiniteError, RelativeLRP
 from captum_rlrp.kernels import compiled, extension
 from captum_rlrp.plan import instructions
+from captum_rlrp.rules import Pass
+from captum_rlrp.run.magnitudes import magnitudes
+from captum_rlrp.run.program import Program
 
 # Relative to the reference in float64, as a share of Σ|R|.
 TOLERANCE = {
@@ -96,6 +99,28 @@ def test_compiled_equals_the_float64_reference(
     assert actual.dtype == dtype
     assert actual.is_contiguous()
     assert distance(actual, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("name", ["vgg11_bn", "resnet18", "mobilenet_v2"])
+def test_the_ways_of_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales applied behind a convolution, and absolute values of all weights worked out ahead."""
+    propagate = Program.propagate
+    ahead: list[int] = []
+
+    def with_magnitudes(program: Program, run: Pass, *args: Any) -> Any:
+        nodes = [node for group in program.magnitudes.values() for node in group]
+        run.magnitudes.update(magnitudes(nodes, run.values))
+        ahead.append(len(nodes))
+        return propagate(program, run, *args)
+
+    model, x = build(name).double(), torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    expected = RelativeLRP(model, backend="reference").attribute(x, target=[1, 2])
+    monkeypatch.setattr(instructions, "_adds_bias", lambda x: False)
+    monkeypatch.setattr(Program, "propagate", with_magnitudes)
+    actual, delta = RelativeLRP(model).attribute(x, target=[1, 2], return_convergence_delta=True)
+    assert min(ahead) > 7
+    assert distance(actual, expected) < TOLERANCE[torch.float64]
+    assert delta.max() < 1e-10
 
 
 class Convolutions(nn.Module):
