@@ -8,6 +8,7 @@ was cut short goes on where it stopped::
     python scripts/coverage.py --sample 12           # the smallest ones
     python scripts/coverage.py --again               # forget earlier rows
     python scripts/coverage.py --write               # only write the document
+    python scripts/coverage.py --peers               # what others do, where a row does not have it
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,8 @@ FAMILIES = ("classification", "video", "segmentation")
 # The smallest legal input where it is not 64 pixels; vision transformers fix theirs.
 SIZES = {"alexnet": 63, "inception_v3": 75, "squeezenet": 32, "vit_h_14": 224, "vit": 224,
          "maxvit_t": 224}  # fmt: skip
+
+PEERS = ("captum", "zennit", "autolrp")
 
 TOLERANCE = 1e-4  # for the delta, and for reference against compiled
 
@@ -124,10 +128,7 @@ def examine(name: str) -> dict[str, Any]:
 
     model, x = randomise(build(name)), example(name)
     with torch.no_grad():
-        pixels = model(x)[..., 1, 2] if family(name) == "segmentation" else model(x)
-    target: Any = pixels.argmax(1).tolist()  # a score that is surely not 0
-    if family(name) == "segmentation":
-        target = [(c, 1, 2) for c in target]
+        target = top_class(name, model(x))
     row: dict[str, Any] = {"name": name, "family": family(name), "input": list(x.shape[1:])}
     row["parameters"] = sum(p.numel() for p in model.parameters())
 
@@ -162,10 +163,42 @@ def examine(name: str) -> dict[str, Any]:
         row["rounding"] = ((alone - plain[:1]).abs().max() / scale[0]).item()
     del rlrp, engine
 
-    row["captum"] = verdict(lambda: by_captum(model, x, target))
-    row["zennit"] = verdict(lambda: by_zennit(name, model, x, target))
+    row.update(peers(name, model, x, target, PEERS))
     row["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return row
+
+
+def top_class(name: str, output: Tensor) -> Any:
+    """A score of each sample that is surely not 0; of one pixel, in segmentation."""
+    if family(name) != "segmentation":
+        return output.argmax(1).tolist()
+    return [(c, 1, 2) for c in output[..., 1, 2].argmax(1).tolist()]
+
+
+def peers(
+    name: str, model: nn.Module, x: Tensor, target: Any, chosen: Collection[str]
+) -> dict[str, str]:
+    """What other packages do with the model."""
+    runs = {
+        "captum": lambda: by_captum(model, x, target),
+        "zennit": lambda: by_zennit(name, model, x, target),
+        "autolrp": lambda: by_autolrp(model, x, target),
+    }
+    return {peer: verdict(runs[peer]) for peer in chosen}
+
+
+def add_peers(name: str, file: Path) -> None:
+    """Completes a row by what other packages do with the model."""
+    row = json.loads(file.read_text())
+    missing = [peer for peer in PEERS if peer not in row]
+    if "error" in row or not missing:
+        return
+    model, x = randomise(build(name)), example(name)
+    with torch.no_grad():
+        target = top_class(name, model(x))
+    row.update(peers(name, model, x, target, missing))
+    file.write_text(json.dumps(row, indent=1))
+    print(name, {peer: row[peer] for peer in missing}, flush=True)
 
 
 def verdict(run: Callable[[], tuple[Tensor, Tensor]]) -> str:
@@ -216,6 +249,18 @@ def by_zennit(name: str, model: nn.Module, x: Tensor, target: Any) -> tuple[Tens
     with Gradient(model, EpsilonPlus(canonizers=canonizers)) as attributor:
         _, relevance = attributor(x.clone().requires_grad_(), start)
     return relevance, chosen
+
+
+def by_autolrp(model: nn.Module, x: Tensor, target: Any) -> tuple[Tensor, Tensor]:
+    import autolrp
+
+    wrapped = autolrp.tensor(x.clone())
+    output = model(wrapped)
+    chosen = torch.stack(
+        [output[(i, *t) if isinstance(t, tuple) else (i, t)] for i, t in enumerate(target)]
+    )
+    chosen.sum().lrp()
+    return wrapped.relevance, scores(model, x, target)
 
 
 def scores(model: nn.Module, x: Tensor, target: Any) -> Tensor:
@@ -275,10 +320,11 @@ compiled kernels within 1e-4 of the reference.{run}
   the reference's forward, and what rounding alone does to the reference (a sample by itself against
   the same sample in the batch). Deep random networks amplify rounding: a ReLU at 0 or a near tie at
   a max pool falls one way or the other.
-* *Captum LRP* (default rules) and *zennit* (`EpsilonPlus`, with its canonizers for VGG and ResNet):
-  the error, or Σ R over the score, the worse of the two samples. It is 1 where relevance is
-  conserved, and differs where biases and ε take a part: "works" means that it is between 1/2 and 2,
-  "not conserving" that it is of another size or sign. Neither says how good the explanation is.
+* *Captum LRP* {captum} (default rules), *zennit* {zennit} (`EpsilonPlus`, with its canonizers for
+  VGG and ResNet) and *autolrp* {autolrp} (its default), each the newest to be had: the error, or
+  Σ R over the score, the worse of the two samples. It is 1 where relevance is conserved, and
+  differs where biases and ε take a part: "works" means that it is between 1/2 and 2, "not
+  conserving" that it is of another size or sign. Neither says how good the explanation is.
 """
 
 
@@ -291,7 +337,7 @@ def document(rows: dict[str, dict[str, Any]], listed: list[str]) -> str:
     lines = [
         HEAD.format(
             date=date.today().isoformat(), torch=torch.__version__, run=run, all=len(listed),
-            torchvision=torchvision.__version__, good=len(good),
+            torchvision=torchvision.__version__, good=len(good), **versions(),
         )
     ]  # fmt: skip
     for kind in FAMILIES:
@@ -299,13 +345,13 @@ def document(rows: dict[str, dict[str, Any]], listed: list[str]) -> str:
             f"## {kind.capitalize()}",
             "",
             "| model | input | ops | capture | explain | Σ\\|R\\| | delta | agree | Captum LRP "
-            "| zennit |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            "| zennit | autolrp |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for name in sorted(n for n in listed if family(n) == kind and n in rows):
             row = rows[name]
             if "error" in row:
-                lines.append(f"| {name} | | | | | | | **{_cell(row['error'])}** | | |")
+                lines.append(f"| {name} | | | | | | | **{_cell(row['error'])}** | | | |")
                 continue
             agree = f"{row['difference']:.0e}"
             if row["difference"] > TOLERANCE:
@@ -315,13 +361,25 @@ def document(rows: dict[str, dict[str, Any]], listed: list[str]) -> str:
             lines.append(
                 f"| {name}{failed} | {size} | {row['ops']} | {row['capture']:.1f} "
                 f"| {row['explain']:.2f} | {min(row['mass']):.2g} | {row['delta']:.0e} | {agree} "
-                f"| {_judged(row['captum'])} | {_judged(row['zennit'])} |"
+                + "".join(f"| {_judged(row.get(peer, 'not run'))} " for peer in PEERS)
+                + "|"
             )
         lines.append("")
     if missing:
         lines += ["## Not run", "", ", ".join(missing), ""]
-    lines.append(families.section())
+    lines.append(families.section(DOCUMENT))
     return "\n".join(lines)
+
+
+def versions() -> dict[str, str]:
+    """Those of the other packages."""
+    found = {}
+    for peer in PEERS:
+        try:
+            found[peer] = version(peer)
+        except PackageNotFoundError:
+            found[peer] = "(not installed)"
+    return found
 
 
 def _judged(text: str) -> str:
@@ -341,6 +399,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, metavar="N", help="the N smallest")
     parser.add_argument("--again", action="store_true", help="run what has a row already")
     parser.add_argument("--write", action="store_true", help="only write the document")
+    parser.add_argument("--peers", action="store_true", help="complete rows by other packages")
     parser.add_argument("--timeout", type=float, default=900, metavar="S", help="per model")
     parser.add_argument("--examine", metavar="NAME", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -358,6 +417,9 @@ def main() -> None:
     ROWS.mkdir(parents=True, exist_ok=True)
     for name in chosen:
         file = ROWS / f"{name}.json"
+        if options.peers:
+            add_peers(name, file)
+            continue
         if file.exists() and not options.again:
             continue
         row = run(name, options.timeout)

@@ -263,12 +263,26 @@ def rows() -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in found}
 
 
-def section() -> str:
-    """The part of the document."""
-    known = rows()
-    if not known:
+EARLIER = "†"
+
+
+def earlier(document: Path) -> dict[str, str]:
+    """The lines of a document for models that have no row now, marked."""
+    known, found = rows(), {}
+    for line in document.read_text().splitlines() if document.exists() else ():
+        match = re.match(rf"\| ((?:hf|timm)/\w+)(?: {EARLIER})?(.*)", line)
+        if match is not None and match[1] not in known:
+            found[match[1]] = f"| {match[1]} {EARLIER}{match[2]}"
+    return found
+
+
+def section(document: Path) -> str:
+    """The part of the document; what did not run again keeps its line there."""
+    known, kept = rows(), earlier(document)
+    if not known and not kept:
         return ""
     good = sum(passes(row) for row in known.values())
+    good += sum("**" not in line for line in kept.values())
     versions = []
     for package in ("torch", "transformers", "timm"):
         with contextlib.suppress(PackageNotFoundError):
@@ -276,29 +290,36 @@ def section() -> str:
     lines = [
         "## Families of Hugging Face and timm",
         "",
-        f"One model of each, by `scripts/families.py`. **{good} of {len(known)} pass**: captured, "
-        "finite, Σ|R| above 0 and at most 1, delta at most 1e-4. Hugging Face's have tiny "
-        "configurations and are explained as they are, from token numbers to logits; timm's are "
-        "the smallest of each family, with random statistics. *first*: seconds for the first call, "
-        "capture included. *agree*: largest difference between reference and compiled backend, "
-        "over the largest relevance; deep random networks amplify rounding. The seconds are of one "
-        f"CPU thread, other work on the machine. {', '.join(versions)}, {date.today()}. What took "
-        "too long has no small model in its family.",
+        f"One model of each, by `scripts/families.py`. **{good} of {len(known) + len(kept)} "
+        "pass**: captured, finite, Σ|R| above 0 and at most 1, delta at most 1e-4. Hugging Face's "
+        "have tiny configurations and are explained as they are, from token numbers to logits; "
+        "timm's are the smallest of each family, with random statistics. Those of "
+        f"{', '.join(sorted(SHRUNK))}, which have no small model, are made with fewer or narrower "
+        "blocks and a smaller image. *first*: seconds for the first call, capture included. "
+        "*agree*: largest difference between reference and compiled backend, over the largest "
+        "relevance; deep random networks amplify rounding. The seconds are of one CPU thread, "
+        f"other work on the machine. {', '.join(versions)}, {date.today()}.",
         "",
+        *(
+            [f"{EARLIER}: by an earlier version of the package, not run again since.", ""]
+            * bool(kept)
+        ),
         "| family | model | first | Σ\\|R\\| | delta | agree |",
         "|---|---|---|---|---|---|",
     ]
-    for name, row in sorted(known.items()):
-        if "error" in row:
-            error = re.sub(r"/\S*/(?=[\w.]+)", "…/", row["error"].replace("|", "\\|"))
-            lines.append(f"| {name} | | | | | **{error}** |")
-            continue
-        failed = "" if passes(row) else " **not all**"
-        lines.append(
-            f"| {name}{failed} | {row['model']} | {row['first']:.1f} | {min(row['mass']):.2g} "
-            f"| {row['delta']:.0e} | {row['difference']:.0e} |"
-        )
-    return "\n".join([*lines, ""])
+    written = {name: _line(name, row) for name, row in known.items()}
+    return "\n".join([*lines, *(line for _, line in sorted({**kept, **written}.items())), ""])
+
+
+def _line(name: str, row: dict[str, Any]) -> str:
+    if "error" in row:
+        error = re.sub(r"/\S*/(?=[\w.]+)", "…/", row["error"].replace("|", "\\|"))
+        return f"| {name} | | | | | **{error}** |"
+    failed = "" if passes(row) else " **not all**"
+    return (
+        f"| {name}{failed} | {row['model']} | {row['first']:.1f} | {min(row['mass']):.2g} "
+        f"| {row['delta']:.0e} | {row['difference']:.0e} |"
+    )
 
 
 def run(name: str, timeout: float) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -67,3 +68,24 @@ def test_padding_receives_nothing(families: ModuleType) -> None:
     assert not found["input_ids"][1, 8:].any()
     short = {"input_ids": tokens[1:, :8], "attention_mask": mask[1:, :8]}
     agree(found["input_ids"][1:, :8], RelativeLRP(model).attribute(short, 1)["input_ids"], 1e-3)
+
+
+def test_what_did_not_run_again_keeps_its_line(
+    families: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(families, "ROWS", tmp_path)
+    document = tmp_path / "coverage.md"
+    document.write_text("| hf/Old | OldModel | 1.0 | 0.1 | 5e-08 | 0e+00 |\n")
+    row = {"name": "hf/New", "model": "NewModel", "first": 1.0, "mass": [0.5], "finite": True}
+    row |= {"delta": 1e-7, "difference": 0.0}
+    for _ in range(2):  # written again, it is not marked twice
+        text = families.section(document)
+        assert "| hf/Old † | OldModel | 1.0 | 0.1 | 5e-08 | 0e+00 |\n" in text
+        document.write_text(text)
+    (tmp_path / "new.json").write_text(json.dumps(row))
+    text = families.section(document)
+    assert "**2 of 2 pass**" in text
+    assert text.index("| hf/New | NewModel") < text.index("| hf/Old † | OldModel")
+    (tmp_path / "old.json").write_text(json.dumps(row | {"name": "hf/Old", "mass": [0.0]}))
+    assert "†" not in families.section(document)
+    assert "| hf/Old **not all** | NewModel" in families.section(document)

@@ -104,3 +104,19 @@ def test_embeddings_of_a_largest_norm(kind: Any, norm: float) -> None:
     assert not torch.equal(layer.weight, before)  # as PyTorch does it
     plain = kind.from_pretrained(layer.weight.detach().clone())
     agree(found, explained(of(forward, e=plain, h=head), columns))
+
+
+def test_local_response_norm_is_a_quotient() -> None:
+    """Half goes to the value, half by its divisor to the squares around it."""
+
+    def plain(s: Any, x: Tensor) -> Tensor:
+        squares = F.pad(x.square(), (0, 0, 0, 0, 1, 1))
+        mean = F.avg_pool3d(squares[:, None], (3, 1, 1), stride=1)[:, 0]
+        return s.h((x / (mean * 1e-4 + 1).pow(0.75)).flatten(1))
+
+    torch.manual_seed(0)
+    head, x = nn.Linear(108, 3), X
+    norm = of(lambda s, x: s.h(F.local_response_norm(x.sigmoid(), 3).flatten(1)), h=head)
+    (found,) = all_paths(norm, x, 1)
+    agree(found, explained(of(lambda s, x: plain(s, x.sigmoid()), h=head), x, 1))
+    assert (found.abs().sum((1, 2, 3)) > 0.1).all()
