@@ -64,6 +64,7 @@ def test_the_compiled_backend_is_what_auto_takes() -> None:
     assert RelativeLRP(nn.Linear(2, 2))._engine.kernels is compiled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vgg16", "resnet50"])
 def test_compiled_equals_reference_at_full_size(name: str) -> None:
     model, x = build(name), torch.randn(8, 3, 224, 224)
@@ -78,6 +79,7 @@ def test_compiled_equals_reference_at_full_size(name: str) -> None:
     assert apart.max() < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vgg16", "resnet50"])
 def test_compiled_equals_reference_at_full_size_in_float64(name: str) -> None:
     model, x = build(name).double(), torch.randn(1, 3, 224, 224, dtype=torch.float64)
