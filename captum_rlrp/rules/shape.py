@@ -155,10 +155,20 @@ class Interpolate(LinearRule):
     def apply(self, run: Pass, call: Call, x: Tensor, *, absolute: bool = False) -> Tensor:
         if not (absolute and self.cubic):
             return super().apply(run, call, x)
-        # The coefficients along one axis are read off unit vectors, constant along the other.
-        height, width = x.shape[2:]
-        rows = torch.eye(height, dtype=x.dtype, device=x.device)[None, :, :, None]
-        rows = super().apply(run, call, rows.expand(1, height, height, width))[0, :, :, 0].abs()
-        columns = torch.eye(width, dtype=x.dtype, device=x.device)[None, :, None]
-        columns = super().apply(run, call, columns.expand(1, width, height, width))[0, :, 0].abs()
+        rows, columns = (self._coefficients(run, call, x, axis) for axis in (2, 3))
         return rows.t() @ x @ columns
+
+    def _coefficients(self, run: Pass, call: Call, x: Tensor, axis: int) -> Tensor:
+        """Those along one axis, not negative: read off unit vectors, constant along the other."""
+        other, length = 5 - axis, x.shape[axis]
+        units = torch.eye(length, dtype=x.dtype, device=x.device).unsqueeze(other - 1)[None]
+        overrides = {}
+        # An axis of 1 is enough, which only the antialiased one takes for another case.
+        if call.args["output_size"] is not None and not call.name.endswith("_aa"):
+            size = list(run.like(call.node).shape[2:])
+            size[other - 2] = 1
+            overrides["output_size"] = size
+        else:
+            units = units.expand([-1 if a != other else x.shape[other] for a in range(4)])
+        made = run.evaluate(call, {self.slot(call): units}, overrides=overrides)
+        return made.select(other, 0)[0].abs()
