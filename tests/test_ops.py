@@ -68,6 +68,11 @@ def overwritten_in_part(x: Tensor) -> Tensor:
 # Name → the operation, features behind it, and how the oracle is told.
 OPS: dict[str, tuple[Callable[[Tensor], Tensor], int, Callable[[Value], Value] | str]] = {
     "bicubic": (lambda x: F.interpolate(x, size=(4, 7), mode="bicubic"), 112, "spatial"),
+    "bicubic antialiased": (
+        lambda x: F.interpolate(x, size=(4, 7), mode="bicubic", antialias=True),
+        112,
+        "spatial",
+    ),
     "cumsum": (lambda x: x.cumsum(2), 144, "spatial"),
     "diff": (lambda x: x.diff(n=2), 96, "diff"),
     "trapezoid": (lambda x: torch.trapezoid(x, STEPS.to(x)), 24, "spatial"),
