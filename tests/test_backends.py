@@ -110,7 +110,7 @@ def test_the_ways_of_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ahead: list[int] = []
 
     def with_magnitudes(program: Program, run: Pass, *args: Any) -> Any:
-        nodes = [node for group in program.magnitudes.values() for node in group]
+        nodes = [node for _, read, _ in program.back for node in read]
         run.magnitudes.update(magnitudes(nodes, run.values))
         ahead.append(len(nodes))
         return propagate(program, run, *args)

@@ -119,7 +119,7 @@ def test_never_a_silent_gradient() -> None:
 
     class Model(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return torch.cumsum(torch.sort(Straight.apply(x), dim=1).values, 1).logcumsumexp(1)
+            return torch.special.bessel_j0(torch.sort(Straight.apply(x), dim=1).values)
 
     with pytest.raises(RelativeLRPError):
         RelativeLRP(Model().eval()).attribute(X, target=0)

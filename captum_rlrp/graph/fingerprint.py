@@ -76,7 +76,7 @@ def _structure(module: nn.Module) -> Hashable:
     """Which children, parameters and hooks a module has. The ids of hooks never come again."""
     has = module.__dict__
     return (
-        has["training"],
+        module.training,
         "forward" in has,
         *map(id, has["_modules"].values()),
         *has["_parameters"],

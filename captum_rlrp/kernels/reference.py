@@ -181,7 +181,8 @@ def largest(value: Tensor) -> Tensor:
 
 def sums(values: Sequence[Tensor]) -> Tensor:
     """The sum of each tensor, in float64: of 32 or 16 bits, finite if all elements are."""
-    return torch.stack([value.sum(dtype=torch.float64) for value in values])
+    found = [value.sum(dtype=torch.float64) for value in values]
+    return torch.stack(found) if len(found) > 1 else found[0].reshape(1)
 
 
 def working_memory() -> AbstractContextManager[Any]:

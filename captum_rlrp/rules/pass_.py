@@ -92,6 +92,10 @@ class Pass:
         """Notes numbers that have to be finite, and moderate (:attr:`checked`)."""
         self.checked.append(total if total.dim() else total.reshape(1))
 
+    def watch(self, value: Tensor) -> None:
+        """Notes the sum of a value that has to be finite, and moderate."""
+        self.check(self.kernels.sums([value]))
+
     def take(self, node: Node) -> Tensor | None:
         """Relevance that has arrived at a value, for a rule that adds it to its own part.
 
