@@ -461,9 +461,7 @@ def test_torchrun_restarts_ranks_of_which_one_was_killed(
                  "--batch-size", 4, "--shard-size", 4]  # fmt: skip
     done = torchrun(2, *arguments, out=out, restarts=1)
     assert done.returncode == 0, done.stderr
-    assert (
-        out / "shards" / "000001.h5"
-    ).stat().st_mtime <= mark.stat().st_mtime  # not anew
+    assert (out / "shards" / "000001.h5").stat().st_mtime <= mark.stat().st_mtime  # not anew
     explain(tmp_path / "unharmed", shard_size=4)
     assert shards(out) == shards(tmp_path / "unharmed")
 

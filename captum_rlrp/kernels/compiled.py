@@ -82,8 +82,12 @@ def linear_relevance(
     x: Tensor, weight: Tensor, r: Tensor, magnitude: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See :func:`captum_rlrp.kernels.reference.linear_relevance`."""
+    is_small = x.numel() * weight.shape[0] < _FEW_PRODUCTS
+    if is_small and x.is_cpu and x.dim() == 2 and _covers(x, weight, r):
+        q, seen = ops.linear_law.default(x, weight, r)
+        return q, seen
     size = x.abs()
-    if x.numel() * weight.shape[0] < _FEW_PRODUCTS:
+    if is_small:
         s, seen = divide(r, F.linear(size, weight.abs() if magnitude is None else magnitude))
         return multiply(x, s @ weight), seen
     rows = size.flatten(0, -2) if x.dim() > 2 else size
