@@ -108,6 +108,17 @@ def conv_relevance(
     other: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`captum_rlrp.kernels.reference.conv_relevance`."""
+    if _sees_all(x, weight, window):  # of 1×1 over all numbers of the image
+
+        def flat(t: Tensor) -> Tensor:
+            return t.reshape(len(t), -1, *[1] * len(window.stride))
+
+        given = [None if t is None else flat(t) for t in (magnitude, other)]
+        dense = window._replace(stride=[1] * len(window.stride))
+        result, seen = conv_relevance(
+            flat(x), flat(weight), r, dense, magnitude=given[0], other=given[1]
+        )
+        return result.view(x.shape).contiguous(memory_format=reference.memory_format(x)), seen
     if _leaves_out_pixels(weight, window):
         read = reference.every(window.stride)
         inputs = x[read].contiguous(memory_format=reference.memory_format(x))
@@ -127,6 +138,19 @@ def conv_relevance(
         s, seen = divide(r, _convolve(x, weight, window))
     result = multiply(x, conv(s, weight, x.shape, window))
     return result if other is None else result + other, seen
+
+
+def _sees_all(x: Tensor, weight: Tensor, window: Window) -> bool:
+    """Whether filters of several taps are as large as the image."""
+    return (
+        x.shape[2:] == weight.shape[2:]
+        and x.shape[1] == weight.shape[1]
+        and prod(weight.shape[2:]) > 1
+        and x.numel() > 0
+        and not any(window.padding)
+        and max(window.dilation) == 1
+        and not window.transposed
+    )
 
 
 def _leaves_out_pixels(weight: Tensor, window: Window) -> bool:

@@ -8,13 +8,14 @@
 namespace rlrp {
 namespace convolution {
 
-constexpr int kPixels = 4;  // of a row, that meet each tap together
+constexpr int kPixels = 4;   // of a row, that meet each tap together
+constexpr int kVectors = 4;  // of channels, for a pixel at the edge
 
 // A depthwise convolution, whose taps lie side by side for all channels.
 class Depthwise {
  public:
   explicit Depthwise(const Convolution& conv)
-      : conv_(conv), channels_(conv.in.channels), count_(conv.kernel[0] * conv.kernel[1]), zeros_(channels_, 0.0f) {
+      : conv_(conv), channels_(conv.in.channels), count_(conv.kernel[0] * conv.kernel[1]) {
     const Filters& f = conv.filters;
     taps_.resize(count_ * channels_);
     for (int64_t k = 0; k < count_; ++k) {
@@ -40,7 +41,6 @@ class Depthwise {
  private:
   const Convolution& conv_;
   const int64_t channels_, count_;
-  const std::vector<float> zeros_;
   std::vector<float> taps_;       // (tap, channel)
   std::vector<int64_t> offsets_;  // of the taps' inputs from the first tap's
 
@@ -48,21 +48,29 @@ class Depthwise {
   template <int kLanes>
   RLRP_INLINE float convolve_row(int64_t n, int64_t h) const {
     const int64_t width = conv_.out.size[1], step = conv_.stride[1] * conv_.in.step[1];
-    std::vector<const float*> met(count_);
+    std::vector<const float*> inputs(count_);
+    std::vector<const float*> taps(count_);
     Vector<kLanes> sum{};
     for (int64_t w = 0; w < width;) {
       const Place at{n, h, w};
       const int64_t to = conv_.out.offset(n, h, w);
       if (w + kPixels <= width && is_inside(at) && is_inside({n, h, w + kPixels - 1})) {
         const float* first = conv_.pixel(at, 0, 0, nullptr);
-        convolve_pixels<kLanes, kPixels>(
-            to, [&](int p, int64_t k) RLRP_INLINE { return first + p * step + offsets_[k]; }, sum);
+        convolve<kLanes, kPixels, 1>(
+            to, count_, [&](int64_t k) RLRP_INLINE { return taps_.data() + k * channels_; },
+            [&](int p, int64_t k) RLRP_INLINE { return first + p * step + offsets_[k]; }, sum);
         w += kPixels;
-      } else {
+      } else {  // by the taps that meet the image
+        int64_t count = 0;
         for (int64_t k = 0; k < count_; ++k) {
-          met[k] = conv_.pixel(at, k / conv_.kernel[1], k % conv_.kernel[1], zeros_.data());
+          const float* input = conv_.pixel(at, k / conv_.kernel[1], k % conv_.kernel[1], nullptr);
+          if (!input) continue;
+          inputs[count] = input;
+          taps[count++] = taps_.data() + k * channels_;
         }
-        convolve_pixels<kLanes, 1>(to, [&](int, int64_t k) RLRP_INLINE { return met[k]; }, sum);
+        convolve<kLanes, 1, kVectors>(
+            to, count, [&](int64_t k) RLRP_INLINE { return taps[k]; },
+            [&](int, int64_t k) RLRP_INLINE { return inputs[k]; }, sum);
         w += 1;
       }
     }
@@ -74,27 +82,40 @@ class Depthwise {
     return count_ > 0 && conv_.in.has(h, w) && conv_.in.has(h + conv_.kernel[0] - 1, w + conv_.kernel[1] - 1);
   }
 
-  // All channels of some pixels, whose outputs begin at `to`: input(p, k) is what a pixel meets by a tap.
-  template <int kLanes, int kCount, class Input>
-  RLRP_INLINE void convolve_pixels(int64_t to, const Input& input, Vector<kLanes>& sum) const {
+  // All channels of some pixels, whose outputs begin at `to`: input(p, k) is what a pixel meets by tap(k).
+  template <int kLanes, int kCount, int kWidth, class Tap, class Input>
+  RLRP_INLINE void convolve(int64_t to, int64_t count, const Tap& tap, const Input& input, Vector<kLanes>& sum) const {
     int64_t c = 0;
-    for (; c + kLanes <= channels_; c += kLanes) convolve_some<kLanes, kCount, kLanes>(to, c, input, sum);
+    for (; c + kWidth * kLanes <= channels_; c += kWidth * kLanes) {
+      convolve_some<kLanes, kCount, kWidth, kLanes>(to, c, count, tap, input, sum);
+    }
+    for (; c + kLanes <= channels_; c += kLanes) convolve_some<kLanes, kCount, 1, kLanes>(to, c, count, tap, input, sum);
     if constexpr (kLanes > kHalf) {
-      if (c < channels_) convolve_some<kLanes, kCount, kHalf>(to, c, input, sum);
+      if (c < channels_) convolve_some<kLanes, kCount, 1, kHalf>(to, c, count, tap, input, sum);
     }
   }
 
-  template <int kLanes, int kCount, int kSome, class Input>
-  RLRP_INLINE void convolve_some(int64_t to, int64_t c, const Input& input, Vector<kLanes>& sum) const {
-    Vector<kLanes> y[kCount] = {};
-    for (int64_t k = 0; k < count_; ++k) {
-      const Vector<kLanes> tap = load<kLanes, kSome>(taps_.data() + k * channels_ + c);
+  template <int kLanes, int kCount, int kWidth, int kSome, class Tap, class Input>
+  RLRP_INLINE void convolve_some(int64_t to, int64_t c, int64_t count, const Tap& tap, const Input& input,
+                                 Vector<kLanes>& sum) const {
+    Vector<kLanes> y[kCount][kWidth] = {};
+    for (int64_t k = 0; k < count; ++k) {
 #pragma GCC unroll 4
-      for (int p = 0; p < kCount; ++p) y[p] += load<kLanes, kSome>(input(p, k) + c) * tap;
+      for (int j = 0; j < kWidth; ++j) {
+        const Vector<kLanes> factor = load<kLanes, kSome>(tap(k) + c + j * kLanes);
+#pragma GCC unroll 4
+        for (int p = 0; p < kCount; ++p) y[p][j] += load<kLanes, kSome>(input(p, k) + c + j * kLanes) * factor;
+      }
     }
-    const Vector<kLanes> bias = conv_.bias ? load<kLanes, kSome>(conv_.bias + c) : Vector<kLanes>{};
 #pragma GCC unroll 4
-    for (int p = 0; p < kCount; ++p) put<kLanes, kSome>(conv_, to + p * conv_.out.step[1] + c, y[p] + bias, sum);
+    for (int p = 0; p < kCount; ++p) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kWidth; ++j) {
+        const int64_t channel = c + j * kLanes;
+        if (conv_.bias) y[p][j] += load<kLanes, kSome>(conv_.bias + channel);
+        put<kLanes, kSome>(conv_, to + p * conv_.out.step[1] + channel, y[p][j], sum);
+      }
+    }
   }
 };
 

@@ -423,6 +423,24 @@ def test_the_law_is_added_to_what_arrived(channels, kernel, stride, padded, layo
     assert torch.equal(arguments[2], kept)
 
 
+@pytest.mark.parametrize("size", [(7,), (7, 7), (3, 4, 5)], ids=str)
+@pytest.mark.parametrize("channels", [32, 5])
+@pytest.mark.parametrize("with_other", [False, True])
+def test_the_law_of_filters_as_large_as_the_image(size, channels, with_other):
+    axes = len(size)
+    window = Window([2] * axes, [0] * axes, [1] * axes, False, [0] * axes, 1)
+    x, weight = (
+        rand(3, channels, *size, dtype=torch.float32).abs(),
+        torch.randn(64, channels, *size),
+    )
+    r = torch.randn(3, 64, *[1] * axes)
+    other = torch.randn_like(x) if with_other else None
+    result, seen = compiled.conv_relevance(x, weight, r, window, other=other)
+    expected, _ = reference.conv_relevance(exact(x), exact(weight), exact(r), window)
+    agree(result, expected + (0 if other is None else exact(other)), torch.float32, scale=4)
+    assert seen.isfinite().all()
+
+
 @pytest.mark.parametrize("size", [(9,), (9, 8), (5, 8, 7)], ids=str)
 @pytest.mark.parametrize("groups", [1, 2])
 def test_the_law_of_1x1_that_leaves_out_pixels(size, groups):
