@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,9 @@ if CHROMIUM is None:
 sync_api = pytest.importorskip(
     "playwright.sync_api", reason="no playwright here, so the report was not opened in a browser"
 )
+expect = sync_api.expect
+WAIT = 60_000  # ms, for a busy machine
+expect.set_options(timeout=WAIT)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -54,7 +58,7 @@ class Visit:
 
     def __init__(self, browser: Any, **options: Any) -> None:
         self.page = browser.new_context(**options).new_page()
-        self.page.set_default_timeout(8_000)
+        self.page.set_default_timeout(WAIT)
         self.trouble: list[str] = []
         self.page.on(
             "console", lambda m: self.trouble.append(m.text) if m.type == "error" else None
@@ -79,87 +83,99 @@ def visit(browser: Any) -> Iterator[Visit]:
     made.page.context.close()
 
 
-def pixels(page: Any) -> list[int]:
-    """Of the first heat map, once it is drawn."""
-    page.wait_for_function("document.querySelector('canvas')?.width > 1")
-    page.wait_for_timeout(150)
-    return page.evaluate(
-        "(() => { const c = document.querySelector('canvas');"
-        "return [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]; })()"
+def pixels(page: Any, unlike: list[int] | None = None) -> list[int]:
+    """Of the first heat map, once it is drawn, and not as it was before."""
+    drawn = page.wait_for_function(
+        "unlike => { const c = document.querySelector('canvas');"
+        "if (!(c?.width > 1)) return null;"
+        "const now = [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data];"
+        "return now.some(v => v) && String(now) !== String(unlike) ? now : null; }",
+        arg=unlike,
     )
+    return drawn.json_value()
 
 
+# Links change the address, and the page follows when it is told: expect waits, inner_text does not.
 def test_open_filter_move_follow(run: Path, tmp_path: Path, visit: Visit) -> None:
     page = visit.open(build_report(run, tmp_path))
-    assert page.inner_text("#view-overview h2") == "Overview"
-    assert page.locator("svg").count() == 4  # three of all samples, and the flow
+    found = page.locator("#found")
+    expect(page.locator("#view-overview h2")).to_have_text("Overview")
+    expect(page.locator("svg")).to_have_count(4)  # three of all samples, and the flow
     page.click("text=Gallery")
-    assert page.inner_text("#found") == "120 of 120, page 1 of 3"
-    assert page.locator("#grid li").count() == 48
+    expect(found).to_have_text("120 of 120, page 1 of 3")
+    expect(page.locator("#grid li")).to_have_count(48)
 
     page.select_option("#by", "label")
     page.select_option("#class", label="bee")
-    assert page.inner_text("#found") == "40 of 120"
+    expect(found).to_have_text("40 of 120")
     page.select_option("#judged", "wrong")
-    few = int(page.inner_text("#found").split()[0])
+    expect(found).not_to_have_text("40 of 120")
+    few = int(found.inner_text().split()[0])
     page.select_option("#judged", "right")
-    assert few + int(page.inner_text("#found").split()[0]) == 40
+    expect(found).to_have_text(f"{40 - few} of 120")
     page.fill("#search", "no such name")
-    assert page.inner_text("#found") == "0 of 120"
+    expect(found).to_have_text("0 of 120")
     page.click("#filters button")
-    page.wait_for_function("document.getElementById('found').textContent.startsWith('120')")
+    expect(found).to_have_text("120 of 120, page 1 of 3")
 
     before = pixels(page)
     page.fill("#opacity", "0")
-    without = pixels(page)
+    without = pixels(page, unlike=before)
     page.fill("#opacity", "100")
     page.fill("#contrast", "20")
-    strong = pixels(page)
+    strong = pixels(page, unlike=without)
     page.select_option("#sign", "against")
-    assert len({tuple(p) for p in (before, without, strong, pixels(page))}) == 4
+    against = pixels(page, unlike=strong)
+    assert len({tuple(p) for p in (before, without, strong, against)}) == 4
 
     page.click("#grid li:nth-child(3) a")
-    assert page.url.endswith("#sample=2")
-    page.wait_for_selector("#sample canvas")
-    assert "Explained" in page.inner_text("#sample")
-    assert page.locator("#sample canvas").count() == 2  # the input and a layer
+    expect(page).to_have_url(re.compile("#sample=2$"))
+    expect(page.locator("#sample")).to_contain_text("Explained")
+    expect(page.locator("#sample canvas")).to_have_count(2)  # the input and a layer
 
     page.click("text=Classes")
-    three = "document.querySelectorAll('#compared canvas').length === 3"
-    page.wait_for_function(three)  # two means and their difference
+    expect(page.locator("#compared canvas")).to_have_count(3)  # two means and their difference
     page.select_option("#layer", "pool")
     page.wait_for_selector("#compared >> text=Apart from all others: pool")
     page.select_option("#layer", "head")
     page.wait_for_selector("#compared >> text=Apart from all others: head")
-    assert page.locator("#class-table tr").count() > 1
+    expect(page.locator("#class-table tr")).to_have_count(4)
 
 
 def test_by_keyboard(run: Path, tmp_path: Path, visit: Visit) -> None:
     page = visit.open(build_report(run, tmp_path))
     page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.className") == "skip"
+    expect(page.locator(".skip")).to_be_focused()
     page.keyboard.press("g")
-    page.wait_for_selector("#grid li")
+    expect(page.locator("#found")).to_contain_text("page 1")
     page.keyboard.press("ArrowRight")
-    page.wait_for_function("document.getElementById('found').textContent.includes('page 2')")
-    page.focus("#grid a")
+    expect(page.locator("#found")).to_contain_text("page 2")
+    page.locator("#grid a").first.focus()
     page.keyboard.press("Enter")
-    page.wait_for_function("location.hash === '#sample=48'")
+    expect(page).to_have_url(re.compile("#sample=48$"))
+    expect(page.locator("#next")).to_have_attribute("href", "#sample=49")
     page.keyboard.press("ArrowRight")
-    page.wait_for_function("location.hash === '#sample=49'")
+    expect(page).to_have_url(re.compile("#sample=49$"))
+    expect(page.locator("#sample-name")).to_have_text("49")
     page.keyboard.press("Escape")
-    page.wait_for_function("location.hash === '#gallery?page=1'")
+    expect(page).to_have_url(re.compile(r"#gallery\?page=1$"))
+    expect(page.locator("#view-gallery")).to_be_visible()
     page.keyboard.press("/")
-    page.wait_for_function("document.activeElement.id === 'search'")
+    expect(page.locator("#search")).to_be_focused()
 
 
 def test_dark_and_on_a_phone(run: Path, tmp_path: Path, browser: Any) -> None:
     phone = {"viewport": {"width": 360, "height": 740}, "color_scheme": "dark", "has_touch": True}
     visit = Visit(browser, **phone)
     path = build_report(run, tmp_path)
-    for view in ("", "#gallery", "#sample=1", "#classes"):
+    for view, part in {
+        "": "#view-overview svg",
+        "#gallery": "#grid canvas",
+        "#sample=1": "#sample canvas",
+        "#classes": "#compared canvas",
+    }.items():
         page = visit.open(path, view)
-        page.wait_for_timeout(100)
+        expect(page.locator(part).first).to_be_visible()
         assert page.evaluate("document.documentElement.scrollWidth") <= 360, view
     red, green, blue = page.evaluate(
         "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)"
