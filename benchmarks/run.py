@@ -331,7 +331,7 @@ def time_kernels() -> list[dict[str, Any]]:
 
 
 def time_family(family: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The smallest timm model of a family: first call, and ours over the yardstick, in turns."""
+    """The smallest timm model of a family: first call, ours and the floor over the yardstick."""
     sys.path.insert(0, str(ROOT / "scripts"))
     import families
 
@@ -342,10 +342,17 @@ def time_family(family: str, args: argparse.Namespace) -> dict[str, Any]:
         ours, theirs = METHODS[OURS](model), METHODS[YARDSTICK](model)
         row["first_s"] = timed(ours, (x, target), "cpu")
         check(theirs, (x, target))
+        contenders = [ours, theirs]
+        with contextlib.suppress(Exception):  # a layer that pads by itself has no floor
+            floor = METHODS[FLOOR](model)
+            floor(x, target)
+            contenders.append(floor)
         rounds = max(ROUNDS, min(args.repeats, int(5 / timed(ours, (x, target), "cpu"))))
-        pairs = [[timed(e, (x, target), "cpu") for e in (ours, theirs)] for _ in range(rounds)]
-        row["seconds"] = statistics.median(mine for mine, _ in pairs)
-        row["ratio"] = statistics.median(mine / other for mine, other in pairs)
+        turns = [[timed(e, (x, target), "cpu") for e in contenders] for _ in range(rounds)]
+        row["seconds"] = statistics.median(turn[0] for turn in turns)
+        row["ratio"] = statistics.median(turn[0] / turn[1] for turn in turns)
+        if len(contenders) == 3:
+            row["floor"] = statistics.median(turn[2] / turn[1] for turn in turns)
     except Exception as error:
         row["error"] = describe(error)
     return row
