@@ -44,7 +44,7 @@ if extension.available():
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MAX_AXES = 8
-_FEW_PRODUCTS = 2**17  # of a dense layer, up to which fewer calls count for more than faster ones
+_FEW_PRODUCTS = 2**17  # of a dense layer, up to which one call counts for more than fast products
 
 
 def _covers(first: Tensor, *others: Tensor) -> bool:
@@ -83,18 +83,10 @@ def linear_relevance(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`captum_rlrp.kernels.reference.linear_relevance`."""
     is_small = x.numel() * weight.shape[0] < _FEW_PRODUCTS
-    if is_small and x.is_cpu and x.dim() == 2 and _covers(x, weight, r):
+    if (is_small or convolution.has_rows(x, weight)) and x.is_cpu and _covers(x, weight, r):
         q, seen = ops.linear_law.default(x, weight, r)
         return q, seen
-    size = x.abs()
-    if is_small:
-        s, seen = divide(r, F.linear(size, weight.abs() if magnitude is None else magnitude))
-        return multiply(x, s @ weight), seen
-    rows = size.flatten(0, -2) if x.dim() > 2 else size
-    if convolution.divides_rows(rows, weight) and r.dtype == torch.float32:
-        s, seen = convolution.divide_rows(r, rows, weight)
-    else:
-        s, seen = divide(r, _product(size, weight.abs() if magnitude is None else magnitude))
+    s, seen = divide(r, _product(x.abs(), weight.abs() if magnitude is None else magnitude))
     return multiply(x, linear(s, weight)), seen
 
 

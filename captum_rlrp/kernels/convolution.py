@@ -106,16 +106,12 @@ def has_law(x: Operand, weight: Tensor, window: reference.Window) -> bool:
     )
 
 
-def divides_rows(rows: Operand, weight: Tensor) -> bool:
-    """Whether :func:`divide_rows` covers the two."""
+def has_rows(x: Operand, weight: Tensor) -> bool:
+    """Whether a dense layer goes as filters of 1×1 over its rows."""
     return (
         _IS_FAST
-        and len(rows.shape) == weight.dim() == 2
-        and rows.device.type == "cpu"
-        and rows.dtype == weight.dtype == torch.float32
-        and 0 not in rows.shape
-        and weight.numel() > 0
-        and all(size % _HALF == 0 for size in weight.shape)
+        and x.dtype == torch.float32
+        and weight.shape[0] % _HALF == weight.shape[1] % _HALF == 0
     )
 
 
@@ -196,14 +192,6 @@ def divide(r: Tensor, x: Tensor, filters: Filters) -> tuple[Tensor, Tensor]:
     weight, _, _, stride, padding = filters.as_image()
     s, total = ops.convolution_divide.default(_as_image(r), _as_image(x), weight, stride, padding)
     return s if x.dim() == 4 else s.squeeze(2), total
-
-
-def divide_rows(r: Tensor, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """``s = r / (rows |weight|ᵀ)``, as :func:`divide`: a matrix of magnitudes is never made."""
-    image, pixels = r.reshape(len(rows), -1, 1, 1), rows.view(*rows.shape, 1, 1)
-    taps = weight.view(*weight.shape, 1, 1)
-    s, total = ops.convolution_divide.default(image, pixels, taps, [1, 1], [0, 0])
-    return s.view(r.shape), total
 
 
 def product(x: Tensor, s: Tensor, filters: Filters, other: Tensor | None = None) -> Tensor:

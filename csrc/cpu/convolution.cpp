@@ -17,7 +17,6 @@ namespace rlrp {
 namespace convolution {
 namespace {
 
-constexpr int64_t kCached = 5 << 19;   // of a result that caches may still hold when it is read
 constexpr int64_t kMostTaps = 64;      // along an axis
 constexpr int64_t kFewChannels = 4;    // of the input, as of an RGB image
 
@@ -144,8 +143,7 @@ struct Arguments {
 
   void run_into(Tensor& y) {
     if (y.numel() == 0) return;
-    conv.y = result_of<float>(y);
-    conv.streams = y.numel() > kCached && simd::streams(conv.y) && conv.out.channels % kLine == 0;
+    conv.write_to(y);
     run(conv, transpose, y);
   }
 
@@ -204,6 +202,8 @@ Tensor product(const Tensor& x, const Tensor& s, const Tensor& weight, const std
 }
 
 }  // namespace
+
+void run_point(const Convolution& conv, const Tensor& model) { run_by(conv, Point{}, model); }
 
 STABLE_TORCH_LIBRARY_IMPL(captum_rlrp, CPU, m) {
   m.impl("convolution", TORCH_BOX(&forward));

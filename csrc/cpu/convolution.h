@@ -20,6 +20,8 @@ constexpr int64_t kMost = 60;   // of the last block: a few more are not worth o
 constexpr int64_t kPad = 16;    // keeps the planes of a buffer out of each other's cache lines
 
 constexpr int64_t kHalf = 8;    // channels that come in multiples of it end in half a vector at most
+constexpr int64_t kLine = 16;   // floats that memory hands over at a time
+constexpr int64_t kCached = 5 << 19;  // of a result that caches may still hold when it is read
 
 template <int kLanes>
 constexpr int kPanel = kColumns * kLanes;
@@ -69,9 +71,15 @@ struct Convolution {
   bool depthwise;  // each output is of its own channel
   bool exact;    // no output may be rounded by inputs that it does not meet
   bool streams;  // y past the caches, which it would only empty
+  bool absolute;  // whether the absolute values of x are meant; of 1×1 only
   const float* times;     // what y is multiplied by, before other is added
   const float* dividend;  // what is divided by y; 0/0 = 0
   double* sums;           // of each sample, if they are wanted: of |y| of a quotient, else of what precedes ReLU
+
+  void write_to(Tensor& result) {
+    y = result_of<float>(result);
+    streams = result.numel() > kCached && simd::streams(y) && out.channels % kLine == 0;
+  }
 
   // The input that the output at a place meets by the tap (i, j); zeros outside of the image.
   const float* pixel(const Place& at, int64_t i, int64_t j, const float* zeros) const {
@@ -258,6 +266,9 @@ RLRP_INLINE inline float finish_both(const Work& work, int64_t plane, int64_t pa
   }
   return total<kLanes>(sum);
 }
+
+// A convolution of 1×1; the model tells where memory is to be had.
+void run_point(const Convolution& conv, const Tensor& model);
 
 }  // namespace convolution
 }  // namespace rlrp

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
 #include "convolution.h"
 
@@ -84,7 +85,6 @@ struct Point {
 };
 
 constexpr int64_t kCrowd = 1024;  // floats: rows so far apart share a few places of the first cache
-constexpr int64_t kLine = 16;     // floats that memory hands over at a time
 
 // The places of some pixels of the output, of what they are made of, and what becomes of them.
 template <int kLanes>
@@ -187,22 +187,33 @@ RLRP_INLINE inline void multiply_block(const Work& work, Pixels<kLanes>& pixels,
 }
 
 template <int kLanes>
+RLRP_INLINE inline void copy_pixel(const float* pixel, int64_t count, bool absolute, float* to) {
+  int64_t c = 0;
+  for (; c + kLanes <= count; c += kLanes) {
+    const Vector<kLanes> x = load<kLanes>(pixel + c);
+    store<kLanes>(to + c, absolute ? magnitude(x) : x);
+  }
+  for (; c < count; ++c) to[c] = absolute ? std::abs(pixel[c]) : pixel[c];
+}
+
+template <int kLanes>
 RLRP_INLINE inline void convolve(const Work& work, const Point&, const Planes<Point::kTerms>&, int64_t first,
                                  int64_t last, float* buffer) {
   const Convolution& conv = work.conv;
   Pixels<kLanes> pixels;
   const int64_t count = last - first, in = conv.in.channels;
-  const bool crowded = in % kCrowd == 0;
+  const bool copied = in % kCrowd == 0 || conv.absolute;
   const bool dense = conv.in.step[1] == in && conv.stride[0] == 1 && conv.stride[1] == 1;
   work.grid.each(first, last, [&](int64_t k, const Place& at) RLRP_INLINE {
     const float* pixel = conv.pixel(at, 0, 0, work.zeros);
-    if (crowded) {
+    if (copied) {
       float* apart = buffer + k * (in + Point::kGap);
-      pixel = std::copy_n(pixel, in, apart) - in;
+      copy_pixel<kLanes>(pixel, in, conv.absolute, apart);
+      pixel = apart;
     }
     pixels.add(k, conv, at, pixel, 0);
   });
-  multiply_block<kLanes>(work, pixels, first, count, {1, in, dense && !crowded ? kBlock * in : 0});
+  multiply_block<kLanes>(work, pixels, first, count, {1, in, dense && !copied ? kBlock * in : 0});
 }
 
 }  // namespace convolution

@@ -1,4 +1,5 @@
-// The law of a small dense layer in one call: where there is little to multiply, calls are what takes the time.
+// The law of a dense layer in one call: q = x ⊙ (Wᵀ s), s = r / (|W| |x|).
+#include "convolution.h"
 #include "core/elementwise.h"
 #include "simd.h"
 #include "tensor.h"
@@ -6,7 +7,9 @@
 namespace rlrp {
 namespace {
 
-// One row: q = x ⊙ (Wᵀ s), s = r / (|W| |x|); returns the largest magnitude of what is watched.
+constexpr int64_t kFew = 1 << 15;  // products, up to which the layer goes row by row
+
+// One row; returns the largest magnitude of what is watched.
 template <class T, class A = wide_t<T>>
 RLRP_INLINE inline bits_t<A> law_of_row(const T* x, const T* weight, const T* r, int64_t in, int64_t out, A* sum, T* q) {
   bits_t<A> largest = 0;
@@ -26,30 +29,74 @@ RLRP_INLINE inline bits_t<A> law_of_row(const T* x, const T* weight, const T* r,
   return largest;
 }
 
+// Row by row: where there is little to multiply, calls are what takes the time.
+template <class T, class A = wide_t<T>>
+void run_by_rows(const Tensor& x, const Tensor& weight, const Tensor& r, Tensor& q, Tensor& seen) {
+  const int64_t in = weight.size(1), out = weight.size(0), rows = in ? x.numel() / in : 0;
+  std::vector<A> sum(in);
+  bits_t<A> largest = 0;
+  simd::run([&]() RLRP_INLINE {
+    for (int64_t n = 0; n < rows; ++n) {
+      const bits_t<A> bits = law_of_row<T>(data_of<T>(x) + n * in, data_of<T>(weight), data_of<T>(r) + n * out, in, out,
+                                           sum.data(), result_of<T>(q) + n * in);
+      largest = bits > largest ? bits : largest;
+    }
+  });
+  memcpy(seen.mutable_data_ptr(), &largest, sizeof largest);
+}
+
+// As two convolutions of 1×1 over an image of one line.
+void run_by_products(const Tensor& x, const Tensor& weight, const Tensor& r, Tensor& q, Tensor& seen) {
+  const int64_t in = weight.size(1), out = weight.size(0), rows = x.numel() / in;
+  const int64_t step[2] = {weight.stride(0), weight.stride(1)};
+  const float* taps = data_of<float>(weight);
+  double sum = 0;
+  Tensor s = new_vector(x, rows * out, ScalarType::Float);
+  convolution::Convolution conv{};
+  conv.batch = conv.kernel[0] = conv.kernel[1] = conv.stride[0] = conv.stride[1] = 1;
+  conv.in = convolution::Image::dense(in, 1, rows);
+  conv.out = convolution::Image::dense(out, 1, rows);
+
+  convolution::Convolution divide = conv;
+  divide.x = data_of<float>(x);
+  divide.filters = {taps, step[0], step[1], {0, 0}, nullptr, true};
+  divide.absolute = true;
+  divide.dividend = data_of<float>(r);
+  divide.sums = &sum;
+  divide.write_to(s);
+  convolution::run_point(divide, x);
+
+  convolution::Convolution back = conv;
+  std::swap(back.in, back.out);
+  back.x = data_of<float>(s);
+  back.filters = {taps, step[1], step[0], {0, 0}, nullptr, false};
+  back.times = data_of<float>(x);
+  back.write_to(q);
+  convolution::run_point(back, x);
+  *result_of<float>(seen) = sum;
+}
+
 std::tuple<Tensor, Tensor> linear_law(const Tensor& x, const Tensor& weight, const Tensor& r) {
   const char* op = "linear_law";
-  RLRP_CHECK(x.dim() == 2 && weight.dim() == 2 && r.dim() == 2, op, "x, weight and r must have 2 axes");
+  RLRP_CHECK(x.dim() > 0 && x.dim() == r.dim() && weight.dim() == 2, op,
+             "weight must have 2 axes, and x and r as many as each other");
   check_like(op, "weight", weight, "x", x, false);
   check_like(op, "r", r, "x", x, false);
-  const int64_t rows = x.size(0), in = x.size(1), out = weight.size(0);
-  RLRP_CHECK(weight.size(1) == in && r.size(0) == rows && r.size(1) == out, op,
-             "weight must be (outputs, inputs), and r (rows, outputs)");
-  const Tensor xs = dense(x, false), weights = dense(weight, false), rs = dense(r, false);
-  Tensor q = new_image(x, {rows, in}, false), seen = new_vector(x, 1, sum_type(x.scalar_type()));
-  dispatch(x.scalar_type(), op, [&](auto zero) {
-    using T = decltype(zero);
-    using A = wide_t<T>;
-    std::vector<A> sum(in);
-    bits_t<A> largest = 0;
-    simd::run([&]() RLRP_INLINE {
-      for (int64_t n = 0; n < rows; ++n) {
-        const bits_t<A> bits = law_of_row<T>(data_of<T>(xs) + n * in, data_of<T>(weights), data_of<T>(rs) + n * out, in,
-                                             out, sum.data(), result_of<T>(q) + n * in);
-        largest = bits > largest ? bits : largest;
-      }
-    });
-    memcpy(seen.mutable_data_ptr(), &largest, sizeof largest);
-  });
+  Ints shape = sizes_of(x);
+  RLRP_CHECK(shape.back() == weight.size(1), op, "weight must have as many inputs as x");
+  shape.back() = weight.size(0);
+  RLRP_CHECK(sizes_of(r) == shape, op, "r must have the shape of the outputs");
+  const Tensor xs = dense(x, false), rs = dense(r, false);
+  Tensor q = new_image(x, sizes_of(x), false), seen = new_vector(x, 1, sum_type(x.scalar_type()));
+  const bool is_point = x.scalar_type() == ScalarType::Float && weight.size(0) % convolution::kHalf == 0 &&
+                        weight.size(1) % convolution::kHalf == 0;
+  if (is_point && x.numel() * weight.size(0) > kFew) {
+    const bool has_lines = weight.stride(0) == 1 || weight.stride(1) == 1;
+    run_by_products(xs, has_lines ? weight : torch::stable::contiguous(weight), rs, q, seen);
+  } else {
+    const Tensor weights = dense(weight, false);
+    dispatch(x.scalar_type(), op, [&](auto zero) { run_by_rows<decltype(zero)>(xs, weights, rs, q, seen); });
+  }
   return {q, seen};
 }
 

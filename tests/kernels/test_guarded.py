@@ -191,15 +191,3 @@ def test_equal_pixels_get_the_same():
     assert torch.equal(s, s[..., :1, :1].expand_as(s))
     inner = convolution.product(x, s, filters)[..., 4:16, 4:16]
     assert torch.equal(inner, inner[..., :1, :1].expand_as(inner))
-
-
-@pytest.mark.parametrize("rows", [1, 7, 200])
-def test_divisors_of_rows(rows):
-    x, weight, r = torch.rand(rows, 96), torch.randn(64, 96), torch.randn(rows, 64)
-    x[0] = 0
-    for matrix in (weight, weight.t().contiguous().t()):
-        assert convolution.divides_rows(x, matrix)
-        s, _ = convolution.divide_rows(r, x, matrix)
-        d = exact(x) @ exact(matrix).abs().t()
-        expected = torch.where(d > 0, exact(r) / d, 0.0)
-        assert ((exact(s) - expected).abs() <= 2e-6 * expected.abs()).all()

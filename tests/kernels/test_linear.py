@@ -1,4 +1,4 @@
-"""linear_law: the law of a small dense layer against float64, and by hand."""
+"""linear_law: the law of a dense layer against float64, and by hand."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ from .test_ops import bad_tensors, refused
 pytestmark = needs_extension
 
 
+def assert_watches(seen, s):
+    """From the largest magnitude to the sum of all."""
+    sizes = [0.0, *s.abs().flatten().tolist()]
+    assert len(seen) == 1
+    assert max(sizes) * 0.9999 <= seen.item() <= sum(sizes) * 1.0001
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [0, 1, 5])
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 128), (33, 7), (2, 1), (1, 40)])
@@ -26,9 +33,37 @@ def test_the_law(dtype, rows, inputs, outputs, turned):
     q, seen = ops.linear_law.default(x, weight, r)
     s = exact(r) / (exact(x).abs() @ exact(weight).abs().t())
     agree(q, exact(x) * (s @ exact(weight)), dtype, scale=4)
-    largest = s.abs().max() if rows else torch.zeros(())
     assert seen.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    torch.testing.assert_close(seen[0].double(), largest.double(), rtol=1e-4, atol=0)
+    assert_watches(seen, s)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 61, 200])
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [(96, 64), (1024, 40), (8, 2056), (2056, 8), (1112, 1112)]
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_by_products(rows, inputs, outputs, turned):
+    """Enough of them; in eights, they go by panels of vectors, and half a vector at the end."""
+    x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
+    r = torch.randn(rows, outputs)
+    x[0] = 0
+    if turned:
+        x, r, weight = (t.t().contiguous().t() for t in (x, r, weight))
+    q, seen = ops.linear_law.default(x, weight, r)
+    d = exact(x).abs() @ exact(weight).abs().t()
+    s = torch.where(d > 0, exact(r) / d, 0.0)
+    expected = exact(x) * (s @ exact(weight))
+    bound = exact(x).abs() * (s.abs() @ exact(weight).abs())  # what is summed
+    assert ((exact(q) - expected).abs() <= 3e-6 * bound).all()
+    assert_watches(seen, s)
+
+
+def test_many_axes():
+    x, weight, r = torch.randn(2, 3, 5, 96), torch.randn(64, 96), torch.randn(2, 3, 5, 64)
+    q, _ = ops.linear_law.default(x, weight, r)
+    flat, _ = ops.linear_law.default(x.view(30, 96), weight, r.view(30, 64))
+    assert q.shape == x.shape
+    assert torch.equal(q.view(30, 96), flat)
 
 
 def test_by_hand():
@@ -41,21 +76,25 @@ def test_by_hand():
     torch.testing.assert_close(q, expected)
 
 
-def test_small_layers_go_by_it(monkeypatch):
+def test_which_layers_go_by_it(monkeypatch):
     calls = []
     monkeypatch.setattr(ops, "linear_law", spy := type("Spy", (), {})())
     spy.default = lambda *arguments: calls.append(arguments) or (arguments[0], arguments[2])
-    x, weight, r = torch.randn(2, 8), torch.randn(4, 8), torch.randn(2, 4)
-    compiled.linear_relevance(x, weight, r)
-    assert len(calls) == 1
-    compiled.linear_relevance(x.expand(3, 2, 8), weight, r.expand(3, 2, 4))
-    compiled.linear_relevance(torch.randn(512, 512), torch.randn(512, 512), torch.randn(512, 512))
-    assert len(calls) == 1
+    x, weight, r = torch.randn(2, 8), torch.randn(3, 8), torch.randn(2, 3)
+    compiled.linear_relevance(x, weight, r)  # a small one
+    compiled.linear_relevance(x.expand(3, 2, 8), weight, r.expand(3, 2, 3))
+    assert len(calls) == 2
+    many = torch.randn(512, 512)
+    compiled.linear_relevance(many, many, many)  # and one in eights
+    assert len(calls) == 3
+    compiled.linear_relevance(many, many[:507], many[:, :507])
+    assert len(calls) == 3
 
 
-@pytest.mark.parametrize("size", [(3, 16), (2, 3, 16)], ids=str)
-def test_every_way_is_the_reference(size):
-    x, weight, r = torch.randn(size), torch.randn(32, 16), torch.randn(*size[:-1], 32)
+@pytest.mark.parametrize("outputs", [32, 3, 801])
+@pytest.mark.parametrize("size", [(16,), (3, 16), (2, 3, 16), (2, 50, 2, 16)], ids=str)
+def test_every_way_is_the_reference(size, outputs):
+    x, weight, r = torch.randn(size), torch.randn(outputs, 16), torch.randn(*size[:-1], outputs)
     q, _ = compiled.linear_relevance(x, weight, r)
     expected, _ = reference.linear_relevance(exact(x), exact(weight), exact(r))
     agree(q, expected, torch.float32, scale=4)
@@ -63,8 +102,9 @@ def test_every_way_is_the_reference(size):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_what_is_not_finite_shows(value, place):
-    arguments = [torch.randn(3, 8), torch.randn(4, 8), torch.randn(3, 4)]
+@pytest.mark.parametrize("outputs", [4, 4096])
+def test_what_is_not_finite_shows(value, place, outputs):
+    arguments = [torch.randn(3, 8), torch.randn(outputs, 8), torch.randn(3, outputs)]
     arguments[place][1, 2] = value
     _, seen = ops.linear_law.default(*arguments)
     assert not seen.isfinite()
