@@ -111,7 +111,8 @@ def conv_relevance(
             flat(x), flat(weight), r, dense, magnitude=given[0], other=given[1]
         )
         return result.view(x.shape).contiguous(memory_format=reference.memory_format(x)), seen
-    if _leaves_out_pixels(weight, window):
+    is_ours = convolution.has_law(x, weight, window) and r.dtype == torch.float32
+    if not is_ours and _leaves_out_pixels(weight, window):
         read = reference.every(window.stride)
         inputs = x[read].contiguous(memory_format=reference.memory_format(x))
         dense = window._replace(stride=[1] * len(window.stride))
@@ -120,7 +121,6 @@ def conv_relevance(
         result[read] += part
         return result, seen
     filters = convolution.Filters(weight, None, None, window.stride, window.padding)
-    is_ours = convolution.has_law(x, weight, window) and r.dtype == torch.float32
     if is_ours:
         s, seen = convolution.divide(r, x, filters)
         if convolution.has_product(weight, window):

@@ -102,7 +102,8 @@ def has_law(x: Operand, weight: Tensor, window: reference.Window) -> bool:
         and x.dtype == weight.dtype == torch.float32
         and len(x.shape) == weight.dim() in (3, 4)
         and all(p < k for p, k in zip(padding, weight.shape[2:], strict=True))
-        and all(s <= k < _MOST_TAPS for s, k in zip(stride, weight.shape[2:], strict=True))
+        and max(weight.shape[2:]) < _MOST_TAPS
+        and (_is_point(weight) or not _leaves_out_pixels(weight, stride))
     )
 
 
@@ -137,7 +138,7 @@ def _has_channels(weight: Tensor, groups: int) -> bool:
 def _has_scheme(weight: Tensor, stride: Sequence[int]) -> bool:
     if _is_of_few(weight):
         return _is_few(weight, stride)
-    return _is_area(weight, stride) or _is_line(weight, stride) or _is_point(weight, stride)
+    return _is_area(weight, stride) or _is_line(weight, stride) or _is_point(weight)
 
 
 def _is_few(weight: Tensor, stride: Sequence[int]) -> bool:
@@ -162,8 +163,12 @@ def _is_line(weight: Tensor, stride: Sequence[int]) -> bool:
     )
 
 
-def _is_point(weight: Tensor, stride: Sequence[int]) -> bool:
-    return math.prod(weight.shape[2:]) == 1 and max(stride) == 1
+def _is_point(weight: Tensor) -> bool:
+    return math.prod(weight.shape[2:]) == 1 and not _is_of_few(weight)
+
+
+def _leaves_out_pixels(weight: Tensor, stride: Sequence[int]) -> bool:
+    return any(s > k for s, k in zip(stride, weight.shape[2:], strict=True))
 
 
 def forward(

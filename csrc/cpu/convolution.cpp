@@ -41,6 +41,23 @@ void turn(Convolution& conv, int axis, int64_t phase) {
   conv.stride[axis] = 1;
 }
 
+// Of a phase that meets no taps.
+void run_empty(const Convolution& conv) {
+  const Image& out = conv.out;
+  torch::stable::parallel_for(0, conv.batch * out.size[0], 1, [&](int64_t first, int64_t last) {
+    for (int64_t line = first; line < last; ++line) {
+      for (int64_t w = 0; w < out.size[1]; ++w) {
+        const int64_t offset = out.offset(line / out.size[0], line % out.size[0], w);
+        if (conv.other) {
+          std::copy_n(conv.other + offset, out.channels, conv.y + offset);
+        } else {
+          std::fill_n(conv.y + offset, out.channels, 0.0f);
+        }
+      }
+    }
+  });
+}
+
 // By the scheme for filters of that size, of which conv may have a phase.
 void run_one(const Convolution& conv, const int64_t (&kernel)[2], const Tensor& model) {
   if (conv.depthwise) return Depthwise(conv).run();
@@ -61,7 +78,11 @@ void run(const Convolution& conv, bool transpose, const Tensor& model) {
       Convolution turned = conv;
       turn(turned, 0, down);
       turn(turned, 1, along);
-      run_one(turned, conv.kernel, model);
+      if (turned.kernel[0] > 0 && turned.kernel[1] > 0) {
+        run_one(turned, conv.kernel, model);
+      } else {
+        run_empty(turned);
+      }
     }
   }
 }
@@ -97,8 +118,8 @@ struct Arguments {
                " taps along an axis");
     int64_t outputs[2];
     for (int i = 0; i < 2; ++i) {
-      RLRP_CHECK(stride[i] >= 1 && stride[i] <= conv.kernel[i], op,
-                 "stride must be from 1 to the number of taps along its axis");
+      RLRP_CHECK(stride[i] >= 1 && (point || stride[i] <= conv.kernel[i]), op,
+                 "stride must be from 1 to the number of taps along its axis, but for 1×1");
       RLRP_CHECK(padding[i] >= 0 && padding[i] < conv.kernel[i], op, "padding must be less than the filters");
       conv.stride[i] = stride[i];
       conv.padding[i] = padding[i];
