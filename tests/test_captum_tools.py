@@ -72,37 +72,6 @@ def test_an_embedding_that_captum_wraps() -> None:
     assert torch.equal(explainer.attribute(tokens, 1), of_tokens)
 
 
-@pytest.mark.filterwarnings("ignore:In order to make embedding layers")
-def test_an_embedding_that_captum_wraps() -> None:
-    """As its tutorials on text do: embedded by hand, while the wrapper lets vectors through."""
-    embedding = nn.Embedding(20, 4)
-    model = nn.Sequential(embedding, nn.Flatten(), nn.Linear(12, 3)).eval()
-    tokens = torch.tensor([[1, 5, 3], [7, 0, 19]])
-    explainer = RelativeLRP(model)  # lives through both changes of the model
-    of_tokens = explainer.attribute(tokens, 1)
-    of_layer = LayerRelativeLRP(model, embedding).attribute(tokens, 1)
-    wrapper = wrap(model, "0")
-    of_vectors = explainer.attribute(wrapper.indices_to_embeddings(tokens), 1)
-    unwrap(model, wrapper)
-    agree(of_vectors, of_layer)
-    agree(of_tokens, of_layer.sum(2))
-    assert torch.equal(explainer.attribute(tokens, 1), of_tokens)
-
-
-def test_distributed_wrapper_of_one_process(tmp_path: Path) -> None:
-    if not torch.distributed.is_available():
-        pytest.skip("this build of torch has no distributed package")
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1
-    )
-    try:
-        model = mlp()
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        agree(explained(wrapped, X), explained(model, X))
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def _rank(rank: int, meet: str) -> None:
     """Explains, trains for a step with the other rank, and explains again."""
     torch.set_num_threads(1)
