@@ -56,7 +56,8 @@ class _Explainer:
         if not isinstance(model, nn.Module):
             raise InputError(
                 f"Relative LRP explains a torch.nn.Module, not a {type(model).__name__}: it "
-                "needs the model's graph. Wrap the function in a module's forward."
+                "needs the model's graph. Pass the module itself, or wrap the function in a "
+                "module's forward."
             )
         self.model = model
         self.backend = backend
@@ -217,7 +218,7 @@ class RelativeLRP(_Explainer, Attribution):
                     is one integer for all graphs.
 
             target (int, tuple, Tensor, or list, optional): The output to explain, in
-                    any of Captum's forms:
+                    any of Captum's forms (NumPy's integers and arrays do as well):
 
                     - for 2D outputs an integer or a tensor with one integer (for all
                       examples), or a list of integers or 1D tensor (one for each example);

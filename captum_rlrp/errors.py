@@ -7,8 +7,11 @@ class RelativeLRPError(ValueError):
     """Base class of the package's errors."""
 
 
-class InputError(RelativeLRPError):
-    """The inputs, the target or the layer do not fit the model."""
+class InputError(RelativeLRPError, AssertionError):
+    """The inputs, the target or the layer do not fit the model.
+
+    Captum's methods raise an ``AssertionError`` for these, so code that catches it goes on working.
+    """
 
 
 class CaptureError(RelativeLRPError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from captum._utils.common import _select_targets
 from torch import Tensor, nn
@@ -109,7 +110,8 @@ def _choose(output: Tensor, target: Any, whole: int, rows: slice, name: str) -> 
     try:
         return _select_targets(positions, given).reshape(-1)
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise wrong(f"{error}. It must be {_target_hint(shape)}") from error
+        reason = str(error).rstrip(".")
+        raise wrong(f"{reason}. It must be {_target_hint(shape)}") from error
 
 
 def _numbers(target: Any) -> list[int]:
@@ -138,8 +140,18 @@ def any_target(output: Tensor) -> Any:
 
 
 def at_hand(target: Any) -> Any:
-    """The target where Python can read it: on a GPU that waits, later for the whole forward."""
-    return target.cpu() if isinstance(target, Tensor) else target
+    """The target where Python can read it: on a GPU that waits, later for the whole forward.
+
+    NumPy's integers and arrays become PyTorch's.
+    """
+    if isinstance(target, Tensor):
+        return target.cpu()
+    if isinstance(target, (list, tuple)):
+        found = map(at_hand, target)
+        return list(found) if isinstance(target, list) else tuple(found)
+    if isinstance(target, (np.ndarray, np.generic)) and target.dtype.kind in "iu":
+        return torch.as_tensor(target.astype(np.int64))
+    return target
 
 
 def several(target: Any, batch: int) -> list[Any] | None:
@@ -170,7 +182,9 @@ def region(target: Any) -> tuple[Any, Tensor] | None:
     if not isinstance(target, tuple) or not target or not isinstance(target[-1], Tensor):
         return None
     *index, mask = target
-    if mask.dim() == 0 or len(index) != 1:
+    if mask.dim() == 0:  # an index, as torch.unravel_index returns it
+        return None
+    if len(index) != 1:
         raise InputError(
             "A region is a pair of a class and a mask over the positions of the output, such as "
             "(3, mask) with a mask of height x width."

@@ -187,18 +187,27 @@ def peers(
     return {peer: verdict(runs[peer]) for peer in chosen}
 
 
-def add_peers(name: str, file: Path) -> None:
-    """Completes a row by what other packages do with the model."""
-    row = json.loads(file.read_text())
-    missing = [peer for peer in PEERS if peer not in row]
-    if "error" in row or not missing:
-        return
+def by_peer(name: str, peer: str) -> str:
+    """What one other package does with the model."""
     model, x = randomise(build(name)), example(name)
     with torch.no_grad():
         target = top_class(name, model(x))
-    row.update(peers(name, model, x, target, missing))
-    file.write_text(json.dumps(row, indent=1))
-    print(name, {peer: row[peer] for peer in missing}, flush=True)
+    return peers(name, model, x, target, [peer])[peer]
+
+
+def add_peers(name: str, file: Path, timeout: float) -> None:
+    """Completes a row by what other packages do with the model, each in a process of its own."""
+    row = json.loads(file.read_text())
+    missing = [peer for peer in PEERS if peer not in row]
+    if "error" in row:
+        return
+    for peer in missing:
+        try:
+            row[peer] = apart("--examine", name, "--peer", peer, timeout=timeout)
+        except RuntimeError as error:
+            row[peer] = str(error)
+        file.write_text(json.dumps(row, indent=1))
+        print(name, peer, row[peer], flush=True)
 
 
 def verdict(run: Callable[[], tuple[Tensor, Tensor]]) -> str:
@@ -274,19 +283,28 @@ def scores(model: nn.Module, x: Tensor, target: Any) -> Tensor:
 # ---- all of them -------------------------------------------------------------------------------
 
 
-def run(name: str, timeout: float) -> dict[str, Any]:
-    """Examines a model in a process of its own."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--examine", name]
+def apart(*arguments: str, timeout: float) -> Any:
+    """What this script prints in a process of its own; an error says why that is nothing."""
+    command = [sys.executable, str(Path(__file__).resolve()), *arguments]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, check=False
         )
     except subprocess.TimeoutExpired:
-        return {"name": name, "family": family(name), "error": f"more than {timeout:.0f} s"}
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    lines = done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"]
-    return {"name": name, "family": family(name), "error": lines[-1][:200]}
+        raise RuntimeError(f"more than {timeout:.0f} s") from None
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"]
+        raise RuntimeError(lines[-1][:200])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run(name: str, timeout: float) -> dict[str, Any]:
+    """Examines a model in a process of its own."""
+    try:
+        row: dict[str, Any] = apart("--examine", name, timeout=timeout)
+    except RuntimeError as error:
+        return {"name": name, "family": family(name), "error": str(error)}
+    return row
 
 
 def passes(row: dict[str, Any]) -> bool:
@@ -400,12 +418,16 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="run what has a row already")
     parser.add_argument("--write", action="store_true", help="only write the document")
     parser.add_argument("--peers", action="store_true", help="complete rows by other packages")
-    parser.add_argument("--timeout", type=float, default=900, metavar="S", help="per model")
+    parser.add_argument(
+        "--timeout", type=float, default=900, metavar="S", help="per model, or per other package"
+    )
     parser.add_argument("--examine", metavar="NAME", help=argparse.SUPPRESS)
+    parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.examine:
         torch.set_num_threads(1)
-        print(json.dumps(examine(options.examine)))
+        name, peer = options.examine, options.peer
+        print(json.dumps(by_peer(name, peer) if peer else examine(name)))
         return
 
     listed = names()
@@ -418,7 +440,7 @@ def main() -> None:
     for name in chosen:
         file = ROWS / f"{name}.json"
         if options.peers:
-            add_peers(name, file)
+            add_peers(name, file, options.timeout)
             continue
         if file.exists() and not options.again:
             continue

@@ -12,10 +12,11 @@ import weakref
 from collections.abc import Callable
 
 import matplotlib
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from captum.attr import LRP, LayerAttribution, NoiseTunnel
+from captum.attr import LRP, InputXGradient, LayerAttribution, NoiseTunnel
 from captum.attr import visualization as viz
 from captum.attr._utils.attribution import Attribution
 from captum.metrics import infidelity, sensitivity_max
@@ -141,6 +142,10 @@ def test_results_are_detached_contiguous_and_alike(layout: str) -> None:
         torch.tensor([3, 3]),
         torch.tensor([3, 3], dtype=torch.int32),
         [(3,), (3,)],
+        np.int64(3),
+        np.array([3, 3], dtype=np.int32),
+        [np.int64(3), np.int64(3)],
+        [torch.tensor(3), torch.tensor(3)],
     ],
     ids=repr,
 )
@@ -179,6 +184,34 @@ def test_outputs_of_more_than_two_dimensions() -> None:
     twin = frozen(model).twin
     assert relative_error(same, explain(twin, (x,), [(1, 2, 3)] * 2)[0]) <= 1e-4
     assert relative_error(each, explain(twin, (x,), [(1, 2, 3), (0, 0, 5)])[0]) <= 1e-4
+
+
+@pytest.mark.parametrize("index", [np.int64, torch.tensor], ids=["numpy", "torch"])
+def test_indices_as_argmax_and_unravel_index_return_them(index: Callable) -> None:
+    model, x = Map().eval(), images()
+    rlrp = RelativeLRP(model)
+    at = (index(1), index(2), index(0))
+    assert torch.equal(rlrp.attribute(x, at), rlrp.attribute(x, (1, 2, 0)))
+    assert torch.equal(rlrp.attribute(x, [at, at]), rlrp.attribute(x, (1, 2, 0)))
+
+
+@pytest.mark.parametrize(
+    "target", [[0, 1, 2], "cat", 1.5, (0, 1), np.array(["cat", "dog"]), None], ids=repr
+)
+def test_a_wrong_target_is_the_error_that_it_is_for_captum(target: object) -> None:
+    model, x = small(), images()
+    with pytest.raises(AssertionError):
+        InputXGradient(model).attribute(x.clone().requires_grad_(), target=target)
+    with pytest.raises(AssertionError) as caught:
+        RelativeLRP(model).attribute(x, target=target)
+    assert isinstance(caught.value, RelativeLRPError)
+
+
+def test_wrong_inputs_are_the_error_that_they_are_for_captum() -> None:
+    model = small()
+    for method in (InputXGradient(model), RelativeLRP(model)):
+        with pytest.raises(AssertionError):
+            method.attribute([images()], target=1)
 
 
 def test_one_scalar_per_sample_without_target() -> None:

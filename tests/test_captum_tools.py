@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from captum.attr import configure_interpretable_embedding_layer as wrap
+from captum.attr import remove_interpretable_embedding_layer as unwrap
 from captum.concept import TCAV, Concept
 from captum.metrics import infidelity, sensitivity_max
 from torch import Tensor, nn
@@ -42,27 +45,62 @@ def test_tcav(tmp_path: Path) -> None:
 
     tcav = TCAV(
         model,
-        "1",
-        layer_attr_method=LayerRelativeLRP(model, model[0]),
+        ["0", "1"],
+        layer_attr_method=LayerRelativeLRP(model, None),
         save_path=str(tmp_path),
     )
-    scores: Any = tcav.interpret(X, [[concept(0, 2.0), concept(1, -2.0)]], target=1)
+    scores: Any = tcav.interpret(X, [[concept(0, 2.0), concept(1, -2.0)]], target=[1, 0, 2])
     (of_layers,) = scores.values()
-    assert of_layers["1"]["sign_count"].sum() == pytest.approx(1)
+    for layer in ("0", "1"):
+        assert of_layers[layer]["sign_count"].sum() == pytest.approx(1)
 
 
-def test_distributed_wrapper_of_one_process(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:In order to make embedding layers")
+def test_an_embedding_that_captum_wraps() -> None:
+    """As its tutorials on text do: embedded by hand, while the wrapper lets vectors through."""
+    embedding = nn.Embedding(20, 4)
+    model = nn.Sequential(embedding, nn.Flatten(), nn.Linear(12, 3)).eval()
+    tokens = torch.tensor([[1, 5, 3], [7, 0, 19]])
+    explainer = RelativeLRP(model)  # lives through both changes of the model
+    of_tokens = explainer.attribute(tokens, 1)
+    of_layer = LayerRelativeLRP(model, embedding).attribute(tokens, 1)
+    wrapper = wrap(model, "0")
+    of_vectors = explainer.attribute(wrapper.indices_to_embeddings(tokens), 1)
+    unwrap(model, wrapper)
+    agree(of_vectors, of_layer)
+    agree(of_tokens, of_layer.sum(2))
+    assert torch.equal(explainer.attribute(tokens, 1), of_tokens)
+
+
+def _rank(rank: int, meet: str) -> None:
+    """Explains, trains for a step with the other rank, and explains again."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
+    model = mlp()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    explainer = RelativeLRP(wrapped)
+    before = explainer.attribute(X, 1)
+    wrapped(X + rank).square().sum().backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    after = explainer.attribute(X, 1)
+    assert not torch.allclose(before, after)
+    agree(after, explained(copy.deepcopy(model), X, 1))
+    agree(
+        LayerRelativeLRP(wrapped, wrapped.module[0]).attribute(X, 1),
+        LayerRelativeLRP(model, model[0]).attribute(X, 1),
+    )
+    both = [torch.empty_like(after) for _ in range(2)]
+    torch.distributed.all_gather(both, after)
+    assert torch.equal(both[0], both[1])
+    if rank == 0:  # alone, and waits for nobody
+        explainer.attribute(X[:1], 2)
+    torch.distributed.destroy_process_group()
+
+
+def test_distributed_wrapper_of_two_processes(tmp_path: Path) -> None:
     if not torch.distributed.is_available():
         pytest.skip("this build of torch has no distributed package")
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1
-    )
-    try:
-        model = mlp()
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        agree(explained(wrapped, X), explained(model, X))
-    finally:
-        torch.distributed.destroy_process_group()
+    torch.multiprocessing.spawn(_rank, (f"file://{tmp_path / 'meet'}",), nprocs=2)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -196,6 +196,13 @@ def test_inputs_that_do_not_fit(bad: Tensor) -> None:
         explained(mlp(), bad)
 
 
+@pytest.mark.parametrize("bad", [torch.tensor([[1, 10]]), torch.tensor([[1.0, 2.0]])], ids=str)
+def test_tokens_that_do_not_fit(bad: Tensor) -> None:
+    model = of(lambda s, t: s.o(s.e(t)).sum(1), e=nn.Embedding(10, 4), o=nn.Linear(4, 2))
+    with pytest.raises(InputError, match=r"e \(Embedding\), expects integers from 0 to 9"):
+        explained(model, bad)
+
+
 @pytest.mark.parametrize("size", [0, -1, 1.5, "all"])
 def test_a_wrong_internal_batch_size(size: Any) -> None:
     with pytest.raises(InputError, match="internal_batch_size"):

@@ -64,14 +64,17 @@ class Trial:
             weight = getattr(module, "weight", None)
             if not isinstance(weight, Tensor) or any(True for _ in module.children()):
                 continue
-            dtype = str(weight.dtype).removeprefix("torch.")
-            size = getattr(module, "in_features", getattr(module, "in_channels", None))
-            if size is None:
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                wanted = f"integers from 0 to {module.num_embeddings - 1}"
+            elif hasattr(module, "in_channels"):
+                wanted = f"{module.in_channels} channels (dimension 1) of {_short(weight.dtype)}"
+            elif hasattr(module, "in_features"):
+                wanted = f"{module.in_features} features (last) of {_short(weight.dtype)}"
+            else:
                 continue
-            unit = "channels (dimension 1)" if hasattr(module, "in_channels") else "features (last)"
             return (
                 f"\nIts first layer, {name or 'the model itself'} ({type(module).__name__}), "
-                f"expects {size} {unit} of {dtype} on {weight.device}."
+                f"expects {wanted} on {weight.device}."
             )
         return ""
 
@@ -127,3 +130,7 @@ class Trial:
         tolerance = _TOLERANCE.get(a.dtype, 0.1)
         scale = self.output.double().abs().max()
         return bool((a.double() - b.double()).abs().max() <= tolerance * scale)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
