@@ -42,6 +42,7 @@ __all__ = [
     "Slot",
     "find_rule",
     "has_rule",
+    "moves",
     "register_rule",
     "reshapes",
 ]
@@ -217,3 +218,11 @@ def reshapes(target: Any) -> bool:
     """Whether the op keeps the order of the elements (``view`` and its kin)."""
     packet = getattr(target, "overloadpacket", None)
     return packet is not None and isinstance(_TABLE.get(packet.__name__), Reshape)
+
+
+def moves(target: Any) -> bool:
+    """Whether the op's results are elements of its operands, or constants."""
+    return isinstance(_TABLE.get(_name(target)), _MOVES)
+
+
+_MOVES = (Move, Pad, Join, Scatter, Overwrite, Where, Chosen, Extremum)
