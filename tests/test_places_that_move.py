@@ -106,6 +106,24 @@ def test_embeddings_of_a_largest_norm(kind: Any, norm: float) -> None:
     agree(found, explained(of(forward, e=plain, h=head), columns))
 
 
+def test_a_spatial_transformer_s_grid_is_a_gate() -> None:
+    torch.manual_seed(0)
+    own = {"q": nn.Linear(3, 6), "h": nn.Linear(48, 2)}
+
+    def grid(s: Any, x: Tensor) -> Tensor:
+        theta = s.q(x.sigmoid().mean((2, 3))).tanh().view(-1, 2, 3)
+        return F.affine_grid(theta, [len(x), 3, 4, 4], align_corners=False)
+
+    def sampled(s: Any, x: Tensor, places: Tensor) -> Tensor:
+        y = F.grid_sample(x.sigmoid(), places, align_corners=False)
+        return s.h(y.tanh().flatten(1))
+
+    moving = of(lambda s, x: sampled(s, x, grid(s, x)), **own)
+    (found,) = all_paths(moving, X, 1)
+    places = grid(moving, X).detach()
+    agree(found, explained(of(sampled, **own), X, 1, additional_forward_args=(places,)))
+
+
 def test_statistics_of_local_response_norm_are_constants() -> None:
     """A unit at one place of the norm's output is a unit at that place of its input."""
     torch.manual_seed(0)
