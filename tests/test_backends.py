@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -445,3 +447,19 @@ def test_a_video_network_of_many_channels() -> None:
     for backend in ("auto", "reference"):
         found = RelativeLRP(model.float(), backend=backend).attribute(x, 1)
         torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_a_stale_extension_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert extension._stale(extension.OPS) is None
+    error = extension._stale((*extension.OPS, "an_op_to_come"))
+    assert error is not None
+    assert "another version" in str(error)
+    assert "an_op_to_come" in str(error)
+
+
+def test_every_op_that_kernels_call_is_asked_for() -> None:
+    folder = Path(extension.__file__).parent
+    text = "".join((folder / f"{name}.py").read_text() for name in ("compiled", "convolution"))
+    called = set(re.findall(r"(?<![\w.])ops\.(\w+)", text))
+    assert called <= set(extension.OPS)
+    assert {"divide", "convolution"} <= called

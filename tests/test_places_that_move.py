@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_rlrp import RelativeLRP
+from captum_rlrp import LayerRelativeLRP, RelativeLRP
 from tests.paths import all_paths
 
 from .small import agree, explained, of
@@ -106,17 +106,49 @@ def test_embeddings_of_a_largest_norm(kind: Any, norm: float) -> None:
     agree(found, explained(of(forward, e=plain, h=head), columns))
 
 
-def test_local_response_norm_is_a_quotient() -> None:
-    """Half goes to the value, half by its divisor to the squares around it."""
-
-    def plain(s: Any, x: Tensor) -> Tensor:
-        squares = F.pad(x.square(), (0, 0, 0, 0, 1, 1))
-        mean = F.avg_pool3d(squares[:, None], (3, 1, 1), stride=1)[:, 0]
-        return s.h((x / (mean * 1e-4 + 1).pow(0.75)).flatten(1))
-
+def test_a_spatial_transformer_s_grid_is_a_gate() -> None:
     torch.manual_seed(0)
-    head, x = nn.Linear(108, 3), X
-    norm = of(lambda s, x: s.h(F.local_response_norm(x.sigmoid(), 3).flatten(1)), h=head)
-    (found,) = all_paths(norm, x, 1)
-    agree(found, explained(of(lambda s, x: plain(s, x.sigmoid()), h=head), x, 1))
-    assert (found.abs().sum((1, 2, 3)) > 0.1).all()
+    own = {"q": nn.Linear(3, 6), "h": nn.Linear(48, 2)}
+
+    def grid(s: Any, x: Tensor) -> Tensor:
+        theta = s.q(x.sigmoid().mean((2, 3))).tanh().view(-1, 2, 3)
+        return F.affine_grid(theta, [len(x), 3, 4, 4], align_corners=False)
+
+    def sampled(s: Any, x: Tensor, places: Tensor) -> Tensor:
+        y = F.grid_sample(x.sigmoid(), places, align_corners=False)
+        return s.h(y.tanh().flatten(1))
+
+    moving = of(lambda s, x: sampled(s, x, grid(s, x)), **own)
+    (found,) = all_paths(moving, X, 1)
+    places = grid(moving, X).detach()
+    agree(found, explained(of(sampled, **own), X, 1, additional_forward_args=(places,)))
+
+
+def test_statistics_of_local_response_norm_are_constants() -> None:
+    """A unit at one place of the norm's output is a unit at that place of its input."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.LocalResponseNorm(3, 1.0), nn.Flatten(), nn.Linear(96, 3)
+    ).eval()
+    all_paths(net, X, 1)
+    behind, before = LayerRelativeLRP(net, [net[2], net[1]]).attribute(X, 1)
+    agree(before, behind)
+    assert (behind.abs().sum((1, 2, 3)) > 0.1).all()
+    agree(explained(torch.fx.symbolic_trace(net), X, 1), explained(net, X, 1))
+
+
+def test_regions_of_interest() -> None:
+    """Samples half-way between pixels are means of four."""
+    ops = pytest.importorskip("torchvision").ops
+    torch.manual_seed(0)
+    head, x = nn.Linear(12, 2), X[:1]
+    boxes = torch.tensor([[0.0, 0.0, 0.0, 2.0, 2.0]])
+
+    def aligned(s: Any, x: Tensor, boxes: Tensor) -> Tensor:
+        return s.h(ops.roi_align(x.sigmoid(), boxes, 2, sampling_ratio=1).tanh().flatten(1))
+
+    def averaged(s: Any, x: Tensor) -> Tensor:
+        return s.h(F.avg_pool2d(x.sigmoid()[..., :3, :3], 2, stride=1).tanh().flatten(1))
+
+    (found,) = all_paths(of(aligned, h=head), x, 1, boxes)
+    agree(found, explained(of(averaged, h=head), x, 1))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_rlrp import CaptureError, LayerRelativeLRP, RelativeLRP
+from captum_rlrp.run import capturing
 
 from .small import agree, explained, mlp, of, rows
 
@@ -61,6 +62,61 @@ def test_a_change_is_seen(change: str) -> None:
     after = living.attribute(X, 1)
     agree(after, explained(model, X, 1))
     assert change == "a parametrization" or not torch.allclose(before, after)
+
+
+class Unregistered(nn.Module):
+    """Layers and a tensor that nothing registers, and an activation that forward keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = [nn.Linear(4, 5).eval(), nn.Linear(5, 3).eval()]
+        self.scales = {"first": [torch.ones(4)]}
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.layers[0](x * self.scales["first"][0])
+        return self.layers[1](torch.relu(self.last))
+
+
+UNREGISTERED: dict[str, Callable[[Any], Any]] = {
+    "another layer": lambda m: m.layers.__setitem__(0, nn.Linear(4, 5).eval()),
+    "another weight": lambda m: setattr(m.layers[0], "weight", nn.Parameter(torch.randn(5, 4))),
+    "no bias": lambda m: setattr(m.layers[0], "bias", None),
+    "other data": lambda m: setattr(m.layers[0].weight, "data", torch.randn(5, 4)),
+    "in place": lambda m: m.layers[0].weight.data.mul_(-1),
+    "another tensor": lambda m: m.scales["first"].__setitem__(0, torch.randn(4)),
+}
+
+
+@pytest.mark.parametrize("in_a_closure", [False, True])
+@pytest.mark.parametrize("change", UNREGISTERED)
+def test_a_change_of_what_nothing_registers_is_seen(change: str, in_a_closure: bool) -> None:
+    own = Unregistered().eval()
+    layers, scales = own.layers, own.scales
+    model = (
+        of(lambda s, x: layers[1](torch.relu(layers[0](x * scales["first"][0]))))
+        if in_a_closure
+        else own
+    )
+    living = RelativeLRP(model)
+    before = living.attribute(X, 1)
+    UNREGISTERED[change](own)
+    after = living.attribute(X, 1)
+    agree(after, explained(model, X, 1))
+    assert not torch.allclose(before, after)
+
+
+def test_what_forward_keeps_is_no_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, captures = Unregistered().eval(), []
+    living = RelativeLRP(model)
+    living.attribute(X, 1)
+    capture = capturing.capture
+    monkeypatch.setattr(capturing, "capture", lambda *args: captures.append(args) or capture(*args))
+    for _ in range(2):
+        model(X)
+        living.attribute(X, 1)
+    assert not captures
 
 
 def test_a_hook_taken_away_is_seen() -> None:

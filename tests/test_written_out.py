@@ -375,3 +375,42 @@ def test_packed_four_bit_weights() -> None:
     found = explained(of(lambda s, v: s.h(product(v).relu()), h=head), x)
     expected = explained(of(lambda s, v: s.h((v @ matrix).relu()), h=head), x)
     agree(found.float(), expected.float(), 0.02)
+
+
+STABLE = torch.randn(6, 6, generator=torch.Generator().manual_seed(3)) + 3 * torch.eye(6)
+SAME: dict[str, tuple[Any, Any]] = {
+    "solve": (
+        lambda h: torch.linalg.solve(STABLE, h.t()).t(),
+        lambda h: h @ torch.linalg.inv(STABLE).t(),
+    ),
+    "solve for vectors": (
+        lambda h: torch.linalg.solve(STABLE.expand(len(h), 6, 6), h),
+        lambda h: h @ torch.linalg.inv(STABLE).t(),
+    ),
+    "solve from the right": (
+        lambda h: torch.linalg.solve(STABLE, h, left=False),
+        lambda h: h @ torch.linalg.inv(STABLE),
+    ),
+    "solve a triangle": (
+        lambda h: torch.linalg.solve_triangular(
+            STABLE, h, upper=False, left=False, unitriangular=True
+        ),
+        lambda h: h @ torch.linalg.inv(STABLE.tril(-1) + torch.eye(6)),
+    ),
+    "divide and round": (
+        lambda h: torch.div(h, 0.1, rounding_mode="floor"),
+        lambda h: (h / 0.1).floor(),
+    ),
+    "a number to a power": (lambda h: 2**h, torch.exp2),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_another_way_to_write_it(name: str) -> None:
+    torch.manual_seed(0)
+    own = {"a": nn.Linear(4, 6), "o": nn.Linear(6, 2)}
+    one, other = (of(lambda s, x, f=f: s.o(f(s.a(x).relu())), **own) for f in SAME[name])
+    x = torch.randn(3, 4)
+    (found,) = all_paths(one, x, 1)
+    agree(found, explained(other, x, 1))
+    assert (found.abs().sum(1) > 0.05).all()

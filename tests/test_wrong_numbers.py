@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_rlrp import NonFiniteError, RelativeLRP
+from captum_rlrp import CaptureError, NonFiniteError, RelativeLRP
 from captum_rlrp.run import engine, wide
 from tests.oracle import relative_error
 from tests.paths import all_paths
+
+from .small import agree, explained, of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -302,3 +304,45 @@ def test_clamp_to_another_activation(side: str) -> None:
     chosen = net(lambda s, x: s.o(other(s.a(x), s.b(x))))
     x = rows()
     assert relative_error(all_paths(clamped, x, 0)[0], all_paths(chosen, x, 0)[0]) <= 1e-9
+
+
+APART: dict[str, Any] = {
+    "the diagonal of a product": (
+        lambda s, x: (s.a(x) @ s.b(x).relu().t()).diagonal(),
+        lambda s, x: (s.a(x) * s.b(x).relu()).sum(1),
+        None,
+    ),
+    "experts one behind the other": (
+        lambda s, x: s.o(s.a(x).relu().repeat(2, 1).view(2, -1, 4).sum(0)),
+        lambda s, x: s.o(s.a(x).relu().expand(2, -1, -1).sum(0)),
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_samples_that_only_the_model_tells_apart(name: str) -> None:
+    torch.manual_seed(0)
+    own = {"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "o": nn.Linear(4, 2)}
+    mixing, plain, target = APART[name]
+    x = torch.randn(3, 4)
+    (found,) = all_paths(of(mixing, **own), x, target)
+    alone = [explained(of(mixing, **own), x[i : i + 1], target) for i in range(3)]
+    agree(found, torch.cat(alone))
+    if target is not None:
+        agree(found, explained(of(plain, **own), x, target))
+
+
+def test_a_row_for_each_node_is_an_error_with_a_remedy() -> None:
+    torch.manual_seed(0)
+    own = {"a": nn.Linear(4, 4), "o": nn.Linear(4, 2)}
+    model = of(
+        lambda s, x, e: s.o(torch.zeros_like(x).index_add(0, e[1], s.a(x)[e[0]]).relu()), **own
+    )
+    x, edges = torch.randn(3, 4), torch.tensor([[0, 1, 2, 0], [1, 2, 0, 0]])
+    with pytest.raises(CaptureError, match="choose one: output=lambda"):
+        RelativeLRP(model).attribute(x, 1, additional_forward_args=edges)
+    one = RelativeLRP(model, output=lambda y: y[1:2])
+    found = one.attribute(x, 1, additional_forward_args=edges)
+    assert found[0].abs().sum() > 0  # what the edge brings
+    assert found[1:].abs().sum() == 0

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import CaptureError, RelativeLRPError
 from .aliases import has_aliased_write
 from .form import Form
+from .local_norm import LocalNorms
 from .packed import RecurrentLayers
 from .plain import plain_layers
 from .twins import Root, twin
@@ -44,7 +45,7 @@ def export(
     """
     root = twin(model, form, layers)
     try:
-        with quiet(), plain_layers(), RecurrentLayers():
+        with quiet(), plain_layers(), LocalNorms(), RecurrentLayers():
             program = torch.export.export(
                 _SameBatch(root, dynamic), tuple(args), dynamic_shapes=(tuple(dynamic),)
             )

@@ -29,11 +29,17 @@ def check_apart(graph: CapturedGraph, layouts: Mapping[Node, Layout]) -> None:
         return
     for node in graph.nodes:
         if node.op == "call_function" and _mixes(node, layouts):
-            raise CaptureError(
-                f"The samples of a batch cannot be told apart behind {node.target} in "
-                f"{place_of(node)}: the model mixes them there, so there is no explanation per "
-                "sample. Explain the samples one by one, or rewrite the operation."
-            )
+            raise mixed(node)
+
+
+def mixed(node: Node) -> CaptureError:
+    """The error for a call behind which samples cannot be told apart."""
+    return CaptureError(
+        f"The samples of a batch cannot be told apart behind {node.target} in {place_of(node)}: "
+        "the model mixes them there, so there is no explanation per sample. Explain the samples "
+        "one by one, or rewrite the operation. Of a graph network with a row for each node, "
+        "choose one: output=lambda y: y[node:node + 1]."
+    )
 
 
 def _mixes(node: Node, layouts: Mapping[Node, Layout]) -> bool:

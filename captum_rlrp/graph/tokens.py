@@ -6,7 +6,8 @@ that a token or a category is embedded in belongs to that token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +15,20 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..errors import InputError
-from .active import active_values, discrete_values, is_root, source_call
+from .active import active_values, discrete_values, is_root, nodes_of, source_call
 from .captured import CapturedGraph
-from .nodes import place_of
+from .nodes import bind, place_of
 
 aten = torch.ops.aten
 
-_CASTS = {aten.to, aten._to_copy, aten.type_as}
+Moves = Callable[[Any], bool]
+
+_CASTS = {aten.to, aten._to_copy, aten.type_as, torch.ops.prims.convert_element_type}
+_PLACES = ("index", "indices", "condition", "mask")
+_UNTAGGED = {  # elementwise, though PyTorch does not say so
+    aten.floor_divide, aten.negative, aten.absolute, aten.subtract, aten.multiply, aten.__and__,
+    aten.__or__, aten.__xor__, aten.true_divide, aten.divide,
+}  # fmt: skip
 
 
 def embeddings(
@@ -42,14 +50,19 @@ def at_numbers(
     values: Mapping[Node, Any],
     source: Node,
     parts: Iterable[tuple[Node, Node, Tensor]],
+    moves: Moves,
 ) -> Tensor:
     """Relevance at an integer input, one number for each integer.
+
+    It goes whole to the integers that an index was made of, in equal parts where these are several:
+    a hash multiplies the index, not its relevance.
 
     Args:
         graph: The captured model.
         values: Those of its placeholders.
         source: The input.
         parts: Values it becomes, their indices, and the relevance at the values.
+        moves: Whether the results of an op are elements of its operands.
     """
     parts = list(parts)
     like: Tensor = values[source]
@@ -57,9 +70,9 @@ def at_numbers(
         return torch.zeros(like.shape, device=like.device)
     dtype = parts[0][2].dtype
     with torch.inference_mode(False), torch.enable_grad():
-        # The indices move as the numbers do, so a gradient finds the way back.
+        # A number stands for each integer and moves as it does: a gradient finds the way back.
         numbers = like.to(torch.float64).clone().requires_grad_()
-        known = _follow(graph, values, source, numbers, [index for _, index, _ in parts])
+        known = _follow(graph, values, source, numbers, [index for _, index, _ in parts], moves)
         total = torch.zeros(like.shape, dtype=dtype, device=like.device)
         for node, index, relevance in parts:
             moved = known[index]
@@ -81,8 +94,9 @@ def _follow(
     source: Node,
     numbers: Tensor,
     ends: Sequence[Node],
+    moves: Moves,
 ) -> dict[Node, Any]:
-    """What the calls between an input and the indices make of floating-point numbers."""
+    """The numbers that stand for integers, from an input to the indices."""
     discrete = discrete_values(graph, [source])
     needed, stack = set(ends), list(ends)
     while stack:
@@ -91,7 +105,7 @@ def _follow(
                 needed.add(node)
                 stack.append(node)
     known: dict[Node, Any] = {**values}
-    plain: dict[Node, Any] = {**values}  # the integers themselves, for masks
+    plain: dict[Node, Any] = {**values}  # the integers themselves, for masks and places
     known[source] = numbers
 
     for node in graph.nodes:
@@ -100,7 +114,8 @@ def _follow(
         plain[node] = _call(node, plain)
         known[node] = plain[node]
         if node in discrete:
-            known[node] = _moved(node, known, plain)
+            operands = [n for n in node.all_input_nodes if n in discrete]
+            known[node] = _moved(node, operands, known, plain, moves)
     return known
 
 
@@ -111,17 +126,49 @@ def _call(node: Node, values: Mapping[Node, Any]) -> Any:
     return node.target(*fill(node.args), **fill(node.kwargs))  # type: ignore[operator]
 
 
-def _moved(node: Node, known: Mapping[Node, Any], plain: Mapping[Node, Any]) -> Any:
-    if getattr(node.target, "overloadpacket", None) in _CASTS:
-        return known[node.all_input_nodes[0]]
-    if getattr(node.target, "overloadpacket", None) is aten.one_hot:
-        # Each number becomes a row; the row's entries stand for it together.
-        count = plain[node].shape[-1]
-        return known[node.all_input_nodes[0]].unsqueeze(-1).expand(plain[node].shape) / count
-    try:
-        return _call(node, known)
-    except (RuntimeError, TypeError) as error:
-        raise _lost(node) from error
+def _moved(
+    node: Node,
+    operands: Sequence[Node],
+    known: Mapping[Node, Any],
+    plain: Mapping[Node, Any],
+    moves: Moves,
+) -> Any:
+    """The numbers that stand for the result: those of the operands, or their mean."""
+    result, packet = plain[node], getattr(node.target, "overloadpacket", None)
+    if packet in _CASTS:
+        return known[operands[0]]
+    if packet is aten.one_hot:  # the entries of a row stand for its number together
+        return known[operands[0]].unsqueeze(-1).expand(result.shape)
+    if node.target is operator.getitem or moves(node.target):
+        places = nodes_of([value for name, value in _named(node) if name in _PLACES])
+        if operands == places and known[places[0]].shape == result.shape:  # a table of integers
+            return known[places[0]]
+        try:
+            return _call(node, {**known, **{n: plain[n] for n in places}})
+        except (RuntimeError, TypeError, IndexError) as error:
+            raise _lost(node) from error
+    if packet is aten.sum:
+        total = _call(node, {**known, **{operands[0]: known[operands[0]].double()}})
+        return total * total.numel() / known[operands[0]].numel()
+    if not _is_elementwise(node, result, plain):
+        raise _lost(node)
+    return sum(known[n].expand(result.shape) for n in operands) / len(operands)
+
+
+def _named(node: Node) -> Iterable[tuple[str, Any]]:
+    return bind(node).items() if node.target is not operator.getitem else ()
+
+
+def _is_elementwise(node: Node, result: Any, plain: Mapping[Node, Any]) -> bool:
+    """Whether each result is made of the elements at its own place."""
+    if not isinstance(result, Tensor):
+        return False
+    packet = getattr(node.target, "overloadpacket", None)
+    is_tagged = torch.Tag.pointwise in getattr(node.target, "tags", ())
+    if not (is_tagged or packet in _UNTAGGED or node.target.namespace == "prims"):  # type: ignore[union-attr]
+        return False
+    shapes = [v.shape for n in node.all_input_nodes if isinstance(v := plain[n], Tensor)]
+    return torch.broadcast_shapes(*shapes) == result.shape
 
 
 def _lost(node: Node) -> InputError:

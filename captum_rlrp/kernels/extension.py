@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from types import ModuleType
 
 import torch
+
+OPS = (
+    "divide", "multiply", "linear_law", "split", "finish_", "sums", "max_pool", "max_unpool",
+    "adaptive_max_pool", "adaptive_max_unpool", "avg_pool", "adaptive_avg_pool", "conv_few",
+    "convolution", "convolution_divide", "convolution_product",
+)  # fmt: skip
 
 
 def _load(name: str) -> tuple[ModuleType | None, Exception | None]:
@@ -17,9 +24,23 @@ def _load(name: str) -> tuple[ModuleType | None, Exception | None]:
         return None, error
 
 
-_cpu, _cpu_error = _load("_C")
-_cuda, _cuda_error = (None, _cpu_error) if _cpu is None else _load("_C_cuda")
+def _stale(names: Iterable[str]) -> Exception | None:
+    """What to say where the extension is from another version of the package."""
+    missing = [name for name in names if not hasattr(ops, name)]
+    if not missing:
+        return None
+    return ImportError(
+        f"the extension was built for another version of this package, for it has no "
+        f"{', '.join(missing)}; build it again: pip install --force-reinstall captum-rlrp, or in "
+        "the sources python setup.py build_ext --inplace"
+    )
+
+
 ops = torch.ops.captum_rlrp
+_cpu, _cpu_error = _load("_C")
+if _cpu is not None and (_cpu_error := _stale(OPS)):
+    _cpu = None
+_cuda, _cuda_error = (None, _cpu_error) if _cpu is None else _load("_C_cuda")
 
 
 def available() -> bool:

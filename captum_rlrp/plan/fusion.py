@@ -266,7 +266,8 @@ def _packet(node: Node) -> Any:
 
 def _in_place_twin(call: Call) -> Any:
     """``relu.default`` → ``relu_.default``, for elementwise calls of one tensor."""
-    if len(list(call.nodes())) != 1 or call.item is not None:
+    first = call.target._schema.arguments[0].name
+    if len(list(call.nodes())) != 1 or call.item is not None or not call.is_active(first):
         return None
     packet = getattr(aten, call.target.overloadpacket.__name__ + "_", None)
     return getattr(packet, call.target._overloadname, None) if packet is not None else None

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..errors import CaptureError, InputError, UnsupportedOperationError
+from ..errors import InputError, UnsupportedOperationError
 from ..graph.active import active_values, is_root, nodes_of, source_call
 from ..graph.capture import CapturedGraph, bind, place_of, reads_values
 from ..graph.layout import WHOLE, Layout, infer
+from ..graph.mixing import mixed
 from ..graph.sign import is_nonnegative
 from ..rules import Call, LinearRule, Pass, Rule, Slot, find_rule, reshapes
 from ..rules.final import explain_output
@@ -200,23 +201,15 @@ def _layouts(
             if layout is not None:
                 layouts[node] = layout
             elif node in carrying and node in calls:
-                raise _mixes(node)
+                raise mixed(node)
     return layouts
 
 
 def _layout_of(node: Node, graph: CapturedGraph, layouts: dict[Node, Layout]) -> Layout:
     layout = layouts.get(node)
     if layout is None:
-        raise _mixes(node)
+        raise mixed(node)
     return layout
-
-
-def _mixes(node: Node) -> CaptureError:
-    return CaptureError(
-        f"The samples of a batch cannot be told apart behind {node.target} in {place_of(node)}: "
-        "the model mixes them there, so there is no explanation per sample. Explain "
-        "the samples one by one, or rewrite the operation."
-    )
 
 
 def _infer_layout(

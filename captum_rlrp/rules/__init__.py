@@ -16,7 +16,7 @@ from .join import Join, Overwrite, Scatter
 from .linear import LinearRule
 from .normalization import BatchNorm
 from .pass_ import Like, Pass
-from .passthrough import InstanceNorm, PassThrough
+from .passthrough import InstanceNorm, PassThrough, Power
 from .pooling import AdaptiveAvgPool, AvgPool, MaxPool, Reduction, Trapezoid
 from .product import Angle, GatedLinearUnit, Product, Scale
 from .recurrent import Recurrent
@@ -42,6 +42,7 @@ __all__ = [
     "Slot",
     "find_rule",
     "has_rule",
+    "moves",
     "register_rule",
     "reshapes",
 ]
@@ -83,6 +84,7 @@ _add(
 _add(Interpolate(cubic=True), "upsample_bicubic2d _upsample_bicubic2d_aa")
 
 _add(Deformable(), "torchvision.deform_conv2d")
+_add(Overlapping("input"), "torchvision.roi_align")
 
 # §2, §6 one input for each output: relevance follows the elements
 _add(
@@ -127,16 +129,18 @@ _add(
     "relu relu6 leaky_relu elu celu selu gelu silu mish sigmoid tanh hardswish hardsigmoid "
     "hardtanh softplus softshrink hardshrink tanhshrink threshold rrelu log_sigmoid prelu "
     "_prelu_kernel softmax log_softmax _softmax _log_softmax "
-    "_safe_softmax exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square pow abs sin cos tan "
+    "_safe_softmax exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square abs sin cos tan "
     "asin acos atan sinh cosh asinh acosh atanh erf erfc reciprocal sign floor ceil round trunc "
-    "frac logit softmin softsign nan_to_num sinc float_power remainder fmod erfinv lgamma "
+    "frac logit softmin softsign nan_to_num sinc remainder fmod erfinv lgamma "
     "special_entr special_erfcx special_ndtr special_log_ndtr",
 )
 _add(
     PassThrough("input"),
-    "layer_norm native_layer_norm group_norm native_group_norm rms_norm _fused_rms_norm",
+    "layer_norm native_layer_norm group_norm native_group_norm rms_norm _fused_rms_norm "
+    "captum_rlrp.local_response_norm",
 )
 _add(InstanceNorm(), "instance_norm")
+_add(Power(), "pow float_power")
 
 # §4 sums, §6 products
 _add(Sum(), "add sub subtract rsub")
@@ -217,3 +221,11 @@ def reshapes(target: Any) -> bool:
     """Whether the op keeps the order of the elements (``view`` and its kin)."""
     packet = getattr(target, "overloadpacket", None)
     return packet is not None and isinstance(_TABLE.get(packet.__name__), Reshape)
+
+
+def moves(target: Any) -> bool:
+    """Whether the op's results are elements of its operands, or constants."""
+    return isinstance(_TABLE.get(_name(target)), _MOVES)
+
+
+_MOVES = (Move, Pad, Join, Scatter, Overwrite, Where, Chosen, Extremum)

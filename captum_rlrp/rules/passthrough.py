@@ -54,3 +54,10 @@ class InstanceNorm(PassThrough):
         if not call.args["use_input_stats"]:
             return BatchNorm().select(call)
         return super().select(call)
+
+
+class Power(PassThrough):
+    """A power, of a value or to one; of one value to another there is no rule."""
+
+    def select(self, call: Call) -> Rule | None:
+        return PassThrough(call.slots[0][0]) if len(call.slots) == 1 else None

@@ -110,11 +110,11 @@ class Overlapping(LinearRule):
 
 
 class GridSample(Overlapping):
-    """``grid_sampler``, bilinear or nearest, by a grid that does not depend on the inputs."""
+    """``grid_sampler``, bilinear or nearest; a grid that depends on the inputs is a gate."""
 
     def select(self, call: Call) -> Rule | None:
         is_cubic = call.args.get("interpolation_mode") == 2  # whose coefficients have both signs
-        return None if is_cubic else super().select(call)
+        return self if call.is_active("input") and not is_cubic else None
 
 
 class Difference(LinearRule):

@@ -151,11 +151,16 @@ class Capturing:
             graph, batched = self._graph(trial, explained, batch, form)
         try:
             made, taps, becomes = self._planned(graph, explained, wanted)
-        except CaptureError:
-            if batch > 1 or graph.batch is None:
+        except CaptureError as error:
+            if graph.batch is None:
                 raise
-            # A model that cuts its batch of one still explains that one.
-            graph = self._only(args, batch, form)
+            if batch == 1:  # a model that cuts its batch of one still explains that one
+                graph = self._only(args, batch, form)
+            elif count == batch and not has_edges(args[explained:]):
+                # The trial told the samples apart, though the calls alone do not.
+                graph = self._single(args, batch, batched, form, error)
+            else:
+                raise
             made, taps, becomes = self._planned(graph, explained, wanted)
         reachable = [tap for tap in taps if tap in made.layouts]
         plain = Program(graph, made, reference, reachable)

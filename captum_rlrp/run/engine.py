@@ -22,6 +22,7 @@ from ..graph.capture import CAPTURING
 from ..graph.form import PLAIN, Form
 from ..graph.tokens import at_numbers
 from ..plan.portions import divide
+from ..rules import moves
 from .arguments import device_of, signature, take
 from .capturing import Captured, Capturing, WantedFunction, no_autocast
 from .open_sizes import OpenSizes
@@ -355,7 +356,7 @@ class Engine(Capturing):
             if node in captured.becomes:
                 at = [(v, i, result.relevance.get(v)) for v, i in captured.becomes[node]]
                 met = [(v, i, r) for v, i, r in at if r is not None]
-                part = at_numbers(graph, values, node, met)
+                part = at_numbers(graph, values, node, met, moves)
             if part is None:  # nothing arrived: no way leads there from the output
                 like = result.likes.get(node, values.get(node))
                 assert like is not None

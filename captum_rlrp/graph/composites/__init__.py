@@ -32,6 +32,8 @@ from .products import (
     product,
     repeated,
     running_product,
+    solved,
+    solved_triangular,
     unpacked,
 )
 from .statistics import (
@@ -91,5 +93,7 @@ WRITTEN_OUT: dict[Any, Callable[[Arguments], Any]] = {
     aten.logaddexp: lambda a: log_sum_exp(
         {"self": torch.stack(broadcast(a["self"], a["other"]), -1), "dim": -1}
     ),
+    aten.linalg_solve: solved,
+    aten.linalg_solve_triangular: solved_triangular,
     aten.hypot: lambda a: (a["self"].square() + a["other"].square()).sqrt(),
 }

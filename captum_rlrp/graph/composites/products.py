@@ -72,6 +72,25 @@ def repeated(a: Arguments) -> Tensor:
     return x.unsqueeze(dim + 1).expand(shape).flatten(dim, dim + 1)
 
 
+def solved(a: Arguments) -> Tensor:
+    """``linalg.solve``: the product with the inverse, which is a constant where the matrix is."""
+    matrix, b = a["A"], a["B"]
+    is_vector = b.dim() == 1 or b.shape == matrix.shape[:-1]
+    inverse = torch.linalg.inv(matrix)
+    if is_vector:
+        return (inverse @ b.unsqueeze(-1)).squeeze(-1)
+    return inverse @ b if a["left"] else b @ inverse
+
+
+def solved_triangular(a: Arguments) -> Tensor:
+    """The same with the half of a matrix."""
+    matrix = a["self"].triu() if a["upper"] else a["self"].tril()
+    if a["unitriangular"]:
+        ones = torch.ones_like(matrix).tril().triu()
+        matrix = matrix * (1 - ones) + ones
+    return solved({"A": matrix, "B": a["B"], "left": a["left"]})
+
+
 def unpacked(a: Arguments) -> Tensor:
     """A product with packed weights: what they make of unit vectors is the matrix."""
     x, weight, *more = (a[name] for name in ("self", "mat2", "qGroupSize", "qScaleAndZeros"))
