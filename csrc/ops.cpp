@@ -11,6 +11,7 @@ STABLE_TORCH_LIBRARY(captum_rlrp, m) {
   m.def(
       "finish_(Tensor(a!) y, Tensor? scale, Tensor? shift, Tensor? other, bool relu) -> Tensor");
   m.def("sums(Tensor[] values) -> Tensor");
+  m.def("empty_like(Tensor x) -> Tensor");
   m.def(
       "max_pool(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil_mode) "
       "-> (Tensor, Tensor)");

@@ -44,6 +44,7 @@ if extension.available():
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MAX_AXES = 8
+_MANY_NUMBERS = 2**16  # of a tensor, from which the system's memory costs more than a call
 _FEW_PRODUCTS = 2**17  # of a dense layer, up to which one call counts for more than fast products
 
 
@@ -163,7 +164,27 @@ def split(a: Tensor, b: Tensor, r: Tensor, *, from_sum: bool = False) -> tuple[T
     return r_a, r_b
 
 
-add = reference.add
+def empty_like(x: Tensor) -> Tensor:
+    """Memory for a result like x: for a large one on the CPU what the last call left."""
+    if x.is_cpu and x.numel() >= _MANY_NUMBERS and _covers(x):
+        memory: Tensor = ops.empty_like.default(x)
+        return memory
+    return torch.empty_like(x)
+
+
+def magnitude(x: Tensor) -> Tensor:
+    """See :func:`captum_rlrp.kernels.reference.magnitude`."""
+    return torch.abs(x, out=empty_like(x))
+
+
+def add(terms: Sequence[Tensor]) -> Tensor:
+    """See :func:`captum_rlrp.kernels.reference.add`."""
+    if len(terms) == 1:
+        return terms[0].clone()
+    total = torch.add(terms[0], terms[1], out=empty_like(terms[0]))
+    for term in terms[2:]:
+        total += term
+    return total
 
 
 # ---- the forward ------------------------------------------------------------------------------

@@ -66,6 +66,7 @@ def register() -> None:
     fake("captum_rlrp::split")(lambda a, b, r, _: (torch.empty_like(r), torch.empty_like(r)))
     fake("captum_rlrp::finish_")(lambda y, *_: _seen(y))
     fake("captum_rlrp::sums")(lambda v: v[0].new_empty(len(v), dtype=torch.float64))
+    fake("captum_rlrp::empty_like")(lambda x: torch.empty_like(x))
     fake("captum_rlrp::max_pool")(_fake_max_pool)
     fake("captum_rlrp::max_unpool")(lambda r, winners, shape, *_: _image(r, shape))
     fake("captum_rlrp::adaptive_max_pool")(

@@ -124,6 +124,11 @@ def split(a: Tensor, b: Tensor, r: Tensor, *, from_sum: bool = False) -> tuple[T
     return r * torch.where(first, major, minor), r * torch.where(first, minor, major)
 
 
+def magnitude(x: Tensor) -> Tensor:
+    """``|x|``"""
+    return x.abs()
+
+
 def add(terms: Sequence[Tensor]) -> Tensor:
     """The sum of relevances that arrive at one value; never one of the terms itself."""
     total = terms[0] + terms[1] if len(terms) > 1 else terms[0].clone()

@@ -37,7 +37,7 @@ class _Weighted(LinearRule):
         weights = _weights(run, call, r.dtype)
         if weights is None:
             return super().shares(run, call, x, r)
-        s, seen = run.kernels.divide(r, weights @ x.abs())
+        s, seen = run.kernels.divide(r, weights @ run.kernels.magnitude(x))
         run.check(seen)
         result: Tensor = run.kernels.multiply(x, weights.mT @ s)
         return result

@@ -113,7 +113,7 @@ class LinearRule(Rule):
 
     def shares(self, run: Pass, call: Call, x: Tensor, r: Tensor) -> Tensor:
         """The law."""
-        size = x if is_nonnegative(self.operand(call)) else x.abs()
+        size = x if is_nonnegative(self.operand(call)) else run.kernels.magnitude(x)
         d = self.apply(run, call, size, absolute=True)
         s, seen = run.kernels.divide(r, d)
         run.check(seen)

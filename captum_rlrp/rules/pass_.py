@@ -24,6 +24,13 @@ class Like(NamedTuple):
     device: torch.device
     memory_format: torch.memory_format
 
+    def zeros(self, dtype: torch.dtype) -> Tensor:
+        """A value like it, of zeros."""
+        empty = torch.empty(
+            self.shape, dtype=dtype, device=self.device, memory_format=self.memory_format
+        )
+        return empty.zero_()
+
 
 @dataclass
 class Pass:

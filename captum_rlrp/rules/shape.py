@@ -12,7 +12,7 @@ from .base import Call, Rule
 from .linear import LinearRule
 
 if TYPE_CHECKING:
-    from .pass_ import Pass
+    from .pass_ import Like, Pass
 
 aten = torch.ops.aten
 
@@ -27,16 +27,16 @@ class Move(LinearRule):
         back = _BACK.get(call.target)
         if back is None or any(node is not self.operand(call) for node in call.nodes()):
             return super().transpose(run, call, g, absolute=absolute)
-        return back(g, call.args, run.like(self.operand(call)).shape)
+        return back(g, call.args, run.like(self.operand(call)))
 
 
 def _into_part(take: Any) -> Callable[..., Tensor]:
     """What a part of a value came from: zeros around it, if it is not the whole."""
 
-    def back(g: Tensor, args: dict[str, Any], shape: torch.Size) -> Tensor:
-        if g.shape == shape:
+    def back(g: Tensor, args: dict[str, Any], like: Like) -> Tensor:
+        if g.shape == like.shape:
             return g
-        whole = g.new_zeros(shape)
+        whole = like.zeros(g.dtype)
         take(whole, *(v for name, v in args.items() if name != "self")).copy_(g)
         return whole
 
@@ -44,13 +44,13 @@ def _into_part(take: Any) -> Callable[..., Tensor]:
 
 
 # The commonest of them; automatic differentiation finds the others.
-_BACK: dict[Any, Callable[[Tensor, dict[str, Any], torch.Size], Tensor]] = {
+_BACK: dict[Any, Callable[[Tensor, dict[str, Any], Like], Tensor]] = {
     aten.permute.default: lambda g, args, _: g.permute(
         [[d % g.dim() for d in args["dims"]].index(d) for d in range(g.dim())]
     ),
     aten.transpose.int: lambda g, args, _: g.transpose(args["dim0"], args["dim1"]),
     aten.t.default: lambda g, args, _: g.t(),
-    aten.expand.default: lambda g, args, shape: g.sum_to_size(shape),
+    aten.expand.default: lambda g, args, like: g.sum_to_size(like.shape),
     aten.roll.default: lambda g, args, _: g.roll([-n for n in args["shifts"]], args["dims"]),
     aten.flip.default: lambda g, args, _: g.flip(args["dims"]),
     aten.select.int: _into_part(aten.select.int),

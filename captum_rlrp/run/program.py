@@ -14,11 +14,13 @@ from torch.fx import Node
 from ..errors import NonFiniteError
 from ..graph.capture import CapturedGraph, place_of
 from ..graph.layout import channels_last, memory_format
+from ..kernels import compiled
 from ..plan.instructions import Instruction, batch_norms
 from ..plan.steps import Plan, Single, Step
 from ..rules import Like, Pass
 from ..rules.passthrough import PassThrough
 from ..rules.skip import Sum
+from .elementwise import into_memory
 from .magnitudes import groups, magnitudes
 
 
@@ -107,6 +109,8 @@ class Program:
     def _plain(self, node: Node) -> Callable[[Pass], Any]:
         """The call as captured; where an infinity could vanish in it, its operand is checked."""
         target: Any = node.target
+        if self.kernels is compiled:
+            target = into_memory(node) or target
         args, kwargs, operand = node.args, node.kwargs, self.saturates.get(node)
 
         def call(run: Pass) -> Any:

@@ -1,6 +1,8 @@
 // Depthwise: each output is made of one channel, so vectors run along the channels, for a few pixels at a time.
+// Where there are many taps, a tile of the image is copied first, so that what they meet lies side by side.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "convolution_run.h"
@@ -10,6 +12,11 @@ namespace convolution {
 
 constexpr int kPixels = 4;   // of a row, that meet each tap together
 constexpr int kVectors = 4;  // of channels, for a pixel at the edge
+
+constexpr int64_t kManyTaps = 16;   // that are worth the copy of an input each
+constexpr int kStretch = 8;         // pixels of a tile's row, that meet each tap together
+constexpr int64_t kAlong = 128;     // outputs of a tile's row, at most
+constexpr int64_t kTile = 1 << 16;  // floats of a tile, if that is enough for an output
 
 // A depthwise convolution, whose taps lie side by side for all channels.
 class Depthwise {
@@ -29,6 +36,7 @@ class Depthwise {
   }
 
   void run() const {
+    if (count_ >= kManyTaps * conv_.stride[0] * conv_.stride[1]) return run_by_tiles();
     const int64_t rows = conv_.out.size[0], all = conv_.batch * rows;
     std::vector<float> sums(all, 0.0f);
     run_tasks(torch::stable::get_num_threads(), all, [&](auto lanes, int64_t, int64_t first, int64_t last) RLRP_INLINE {
@@ -75,6 +83,133 @@ class Depthwise {
       }
     }
     return total<kLanes>(sum);
+  }
+
+  // Each task takes kLine channels of an image.
+  void run_by_tiles() const {
+    const int64_t parts = ceil_div(channels_, kLine), all = conv_.batch * parts;
+    const Tile tile(conv_);
+    std::vector<float> sums(all, 0.0f);
+    run_tasks(torch::stable::get_num_threads(), all, [&](auto lanes, int64_t, int64_t first, int64_t last) RLRP_INLINE {
+      std::vector<float> inputs(tile.rows * tile.width * kLine), taps(count_ * kLine);
+      for (int64_t k = first; k < last; ++k) {
+        const int64_t c = k % parts * kLine;
+        for (int64_t tap = 0; tap < count_; ++tap) {
+          std::copy_n(taps_.data() + tap * channels_ + c, min64(kLine, channels_ - c), taps.data() + tap * kLine);
+        }
+        sums[k] = convolve_part<lanes>(tile, k / parts, c, taps.data(), inputs.data());
+      }
+    });
+    for (int64_t k = 0; conv_.sums && k < all; ++k) conv_.sums[k / parts] += sums[k];
+  }
+
+  // Some outputs, and the inputs that they meet.
+  struct Tile {
+    int64_t down, along, rows, width;
+
+    explicit Tile(const Convolution& conv) {
+      along = min64(conv.out.size[1], kAlong);
+      width = (along - 1) * conv.stride[1] + conv.kernel[1];
+      const int64_t room = kTile / (width * kLine) - conv.kernel[0];
+      down = min64(conv.out.size[0], room > 0 ? room / conv.stride[0] + 1 : 1);
+      rows = (down - 1) * conv.stride[0] + conv.kernel[0];
+    }
+  };
+
+  // kLine channels of an image; returns the sum of what was put.
+  template <int kLanes>
+  RLRP_INLINE float convolve_part(const Tile& tile, int64_t n, int64_t c, const float* taps, float* inputs) const {
+    Vector<kLanes> sum{};
+    for (int64_t h = 0; h < conv_.out.size[0]; h += tile.down) {
+      const int64_t down = min64(tile.down, conv_.out.size[0] - h);
+      for (int64_t w = 0; w < conv_.out.size[1]; w += tile.along) {
+        const int64_t along = min64(tile.along, conv_.out.size[1] - w);
+        copy_tile<kLanes>(tile, {n, h, w}, c, inputs);
+        for (int64_t row = 0; row < down; ++row) {
+          const float* first = inputs + row * conv_.stride[0] * tile.width * kLine;
+          const int64_t to = conv_.out.offset(n, h + row, w) + c;
+          int64_t k = 0;
+          for (; k + kStretch <= along; k += kStretch) {
+            convolve_stretch<kLanes, kStretch>(tile, first, k, taps, to, c, sum);
+          }
+          for (; k + kPixels <= along; k += kPixels) {
+            convolve_stretch<kLanes, kPixels>(tile, first, k, taps, to, c, sum);
+          }
+          for (; k < along; ++k) convolve_stretch<kLanes, 1>(tile, first, k, taps, to, c, sum);
+        }
+      }
+    }
+    return total<kLanes>(sum);
+  }
+
+  // What the outputs of a tile meet, with zeros around the image.
+  template <int kLanes>
+  RLRP_INLINE void copy_tile(const Tile& tile, const Place& at, int64_t c, float* to) const {
+    const int64_t count = min64(kLine, channels_ - c);
+    for (int64_t i = 0; i < tile.rows; ++i) {
+      for (int64_t j = 0; j < tile.width; ++j, to += kLine) {
+        const int64_t h = at.h * conv_.stride[0] - conv_.padding[0] + i;
+        const int64_t w = at.w * conv_.stride[1] - conv_.padding[1] + j;
+        const bool has = conv_.in.has(h, w);
+        const float* from = conv_.x + (has ? conv_.in.offset(at.n, h, w) + c : 0);
+        __builtin_prefetch(from + kLine, 0, 2);  // the next channels', which lie too far apart to be foreseen
+        if (has && count == kLine) {
+          for (int64_t k = 0; k < kLine; k += kLanes) store<kLanes>(to + k, load<kLanes>(from + k));
+        } else {
+          for (int64_t k = 0; k < kLine; ++k) to[k] = has && k < count ? from[k] : 0.0f;
+        }
+      }
+    }
+  }
+
+  // So many pixels of a row of outputs, which begins at `to`.
+  template <int kLanes, int kCount>
+  RLRP_INLINE void convolve_stretch(const Tile& tile, const float* first, int64_t pixel, const float* taps, int64_t to,
+                                    int64_t c, Vector<kLanes>& sum) const {
+    for (int64_t lane = 0; lane < min64(kLine, channels_ - c); lane += kLanes) {
+      Vector<kLanes> y[kCount] = {};
+      const float* tap = taps + lane;
+      for (int64_t i = 0; i < conv_.kernel[0]; ++i) {
+        const float* row = first + (i * tile.width + pixel * conv_.stride[1]) * kLine + lane;
+        if (conv_.stride[1] == 1) {
+          meet_row<kLanes, kCount>(row, 1, tap, y);
+        } else {
+          meet_row<kLanes, kCount>(row, conv_.stride[1], tap, y);
+        }
+        tap += conv_.kernel[1] * kLine;
+      }
+      const bool is_half = channels_ - c - lane < kLanes;
+      for (int p = 0; p < kCount; ++p) prefetch(to + (pixel + p) * conv_.out.step[1] + kLine);
+#pragma GCC unroll 8
+      for (int p = 0; p < kCount; ++p) {
+        const int64_t at = to + (pixel + p) * conv_.out.step[1] + lane;
+        if constexpr (kLanes > kHalf) {
+          if (is_half) {
+            if (conv_.bias) y[p] += load<kLanes, kHalf>(conv_.bias + c + lane);
+            put<kLanes, kHalf>(conv_, at, y[p], sum);
+            continue;
+          }
+        }
+        if (conv_.bias) y[p] += load<kLanes>(conv_.bias + c + lane);
+        put<kLanes>(conv_, at, y[p], sum);
+      }
+    }
+  }
+
+  RLRP_INLINE void prefetch(int64_t at) const {
+    if (!conv_.streams) __builtin_prefetch(conv_.y + at, 1, 2);
+    if (conv_.other) __builtin_prefetch(conv_.other + at, 0, 2);
+    if (conv_.times) __builtin_prefetch(conv_.times + at, 0, 2);
+    if (conv_.dividend) __builtin_prefetch(conv_.dividend + at, 0, 2);
+  }
+
+  template <int kLanes, int kCount>
+  RLRP_INLINE void meet_row(const float* row, int64_t stride, const float* tap, Vector<kLanes> (&y)[kCount]) const {
+    for (int64_t j = 0; j < conv_.kernel[1]; ++j, tap += kLine, row += kLine) {
+      const Vector<kLanes> factor = load<kLanes>(tap);
+#pragma GCC unroll 8
+      for (int p = 0; p < kCount; ++p) y[p] += load<kLanes>(row + p * stride * kLine) * factor;
+    }
   }
 
   bool is_inside(const Place& at) const {

@@ -125,6 +125,9 @@ double sum_of(const T* x, int64_t numel) {
 }
 
 // The sum of each tensor.
+// Working memory for what PyTorch computes.
+Tensor empty_like(const Tensor& x) { return new_like(x); }
+
 Tensor sums(const std::vector<Tensor>& values) {
   RLRP_CHECK(!values.empty(), "sums", "needs a tensor at least");
   Tensor result = new_vector(values[0], values.size(), ScalarType::Double);
@@ -146,6 +149,7 @@ STABLE_TORCH_LIBRARY_IMPL(captum_rlrp, CPU, m) {
   m.impl("split", TORCH_BOX(&Elementwise<Cpu>::split));
   m.impl("finish_", TORCH_BOX(&Elementwise<Cpu>::finish_));
   m.impl("sums", TORCH_BOX(&sums));
+  m.impl("empty_like", TORCH_BOX(&empty_like));
 }
 
 }  // namespace rlrp

@@ -151,3 +151,45 @@ def test_explanations_are_the_users_own() -> None:
     before = first.clone()
     method.attribute(torch.randn_like(x), (2, 5, 7))
     assert torch.equal(first, before)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_what_pytorch_computes_goes_there_too(dtype: torch.dtype, layout: torch.memory_format):
+    x, y = (torch.randn(2, 64, 40, 40).to(dtype, memory_format=layout) for _ in range(2))
+    with compiled.working_memory():
+        size, total = compiled.magnitude(x), compiled.add([x, y, x])
+        assert is_lent(size)
+        assert is_lent(total)
+        assert size.stride() == total.stride() == x.stride()
+        torch.testing.assert_close(size, x.abs(), rtol=0, atol=0)
+        torch.testing.assert_close(total, x + y + x, rtol=0, atol=0)
+        assert not is_lent(compiled.magnitude(x[:1, :1]))  # small
+        turned = compiled.add([x.mT[:, ::2], y.mT[:, ::2]])
+        torch.testing.assert_close(turned, (x + y).mT[:, ::2], rtol=0, atol=0)
+
+
+class Elementwise(nn.Module):
+    """What the forward computes by itself: an activation in front of a batch norm, sums, gates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, padding=1)
+        self.norm, self.bare = nn.BatchNorm2d(16), nn.BatchNorm2d(16, affine=False)
+        self.head = nn.Linear(16, 4)
+        for norm in (self.norm, self.bare):
+            norm.running_mean, norm.running_var = torch.randn(16), torch.rand(16) + 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.bare(self.norm(nn.functional.gelu(self.conv(x))))
+        h = torch.add(h, nn.functional.silu(h), alpha=0.5) - h * h.sigmoid()
+        return self.head((h / 2 + h.tanh()).mean((2, 3)))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_the_forward_is_the_same(layout: torch.memory_format) -> None:
+    model = Elementwise().eval()
+    x = torch.randn(4, 3, 40, 40).to(memory_format=layout)
+    result = RelativeLRP(model, backend="compiled").attribute(x, target=1)
+    wide = RelativeLRP(model.double(), backend="reference").attribute(x.double(), target=1)
+    torch.testing.assert_close(result, wide.float(), rtol=1e-4, atol=1e-4 * wide.abs().max().item())
