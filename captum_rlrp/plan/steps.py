@@ -18,7 +18,7 @@ from ..graph.capture import CapturedGraph, bind, place_of, reads_values
 from ..graph.layout import WHOLE, Layout, infer
 from ..graph.mixing import mixed
 from ..graph.sign import is_nonnegative
-from ..rules import Call, LinearRule, Pass, Rule, Slot, find_rule, reshapes
+from ..rules import Call, LinearRule, Part, Pass, Rule, Slot, find_rule, reshapes
 from ..rules.final import explain_output
 
 
@@ -44,7 +44,7 @@ class Single:
         """The values that are read."""
         return self.rule.needs(self.call)
 
-    def propagate(self, run: Pass, r: Tensor) -> Sequence[Tensor]:
+    def propagate(self, run: Pass, r: Tensor) -> Sequence[Tensor | Part]:
         """Relevance at each carrier."""
         return self.rule.propagate(run, self.call, r)
 
@@ -78,7 +78,7 @@ class Final:
         fixed = [node for rule, call in self.links for node in rule.fixed(call)]
         return (*fixed, *self.carriers)
 
-    def propagate(self, run: Pass, r: Tensor) -> Sequence[Tensor]:
+    def propagate(self, run: Pass, r: Tensor) -> Sequence[Tensor | Part]:
         """Relevance at each carrier."""
         return explain_output(run, self.links, r, self.carriers)
 

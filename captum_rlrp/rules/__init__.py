@@ -15,7 +15,7 @@ from .dense import Dense, Linear, WithShift
 from .join import Join, Overwrite, Scatter
 from .linear import LinearRule
 from .normalization import BatchNorm
-from .pass_ import Like, Pass
+from .pass_ import Like, Part, Pass
 from .passthrough import InstanceNorm, PassThrough, Power
 from .pooling import AdaptiveAvgPool, AvgPool, MaxPool, Reduction, Trapezoid
 from .product import Angle, GatedLinearUnit, Product, Scale
@@ -30,6 +30,7 @@ from .shape import (
     Overlapping,
     Pad,
     Reshape,
+    Slice,
 )
 from .skip import Sum
 
@@ -37,6 +38,7 @@ __all__ = [
     "Call",
     "Like",
     "LinearRule",
+    "Part",
     "Pass",
     "Rule",
     "Slot",
@@ -101,10 +103,11 @@ _add(
     "view reshape flatten unflatten squeeze unsqueeze _unsafe_view view_as "
     "reshape_as atleast_1d atleast_2d atleast_3d",
 )
+_add(Slice(), "slice select")
 _add(
     Move(),
     "permute transpose t movedim moveaxis swapaxes swapdims numpy_T adjoint mT "
-    "slice select narrow index_select index gather take take_along_dim expand expand_as "
+    "narrow index_select index gather take take_along_dim expand expand_as "
     "broadcast_to repeat tile repeat_interleave flip fliplr flipud rot90 roll unfold pixel_shuffle "
     "pixel_unshuffle channel_shuffle native_channel_shuffle diagonal as_strided "
     "permute_copy transpose_copy slice_copy select_copy expand_copy t_copy tril triu "

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 if TYPE_CHECKING:
-    from .pass_ import Pass
+    from .pass_ import Part, Pass
 
 Slot = tuple[str, int | None]
 """Place of an operand: its argument's name, and its index where that is a list."""
@@ -107,7 +107,7 @@ class Rule:
         """The values that :meth:`propagate` reads: they are kept from the forward."""
         return ()
 
-    def propagate(self, run: Pass, call: Call, r: Tensor) -> Sequence[Tensor]:
+    def propagate(self, run: Pass, call: Call, r: Tensor) -> Sequence[Tensor | Part]:
         """Relevance at each carrier, from that at the result, which may not be written over."""
         raise NotImplementedError
 

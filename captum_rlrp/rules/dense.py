@@ -14,7 +14,7 @@ from .base import Call, Rule, Slot, cast, once, sum_to
 from .linear import LinearRule, places
 
 if TYPE_CHECKING:
-    from .pass_ import Pass
+    from .pass_ import Part, Pass
 
 aten = torch.ops.aten
 
@@ -205,7 +205,7 @@ class MatrixProduct(Rule):
         """The product as a linear map of the operand at a place."""
         return self.linear(slot)
 
-    def propagate(self, run: Pass, call: Call, r: Tensor) -> Sequence[Tensor]:
+    def propagate(self, run: Pass, call: Call, r: Tensor) -> Sequence[Tensor | Part]:
         slots = self.slots(call)
         r = r / len(slots) if len(slots) > 1 else r
         return [part for slot in slots for part in self.of(slot).propagate(run, call, r)]

@@ -22,7 +22,7 @@ from ..graph.sign import is_nonnegative
 from .base import Call, Rule, Slot, cast, once
 
 if TYPE_CHECKING:
-    from .pass_ import Pass
+    from .pass_ import Part, Pass
 
 
 class LinearRule(Rule):
@@ -120,7 +120,7 @@ class LinearRule(Rule):
         g = self.transpose(run, call, s, absolute=not self.signed)
         return run.kernels.multiply(x, g, absolute=not self.signed)
 
-    def propagate(self, run: Pass, call: Call, r: Tensor) -> Sequence[Tensor]:
+    def propagate(self, run: Pass, call: Call, r: Tensor) -> Sequence[Tensor | Part]:
         if self.one_to_one(call):
             return (self.route(run, call, r),)
         x = cast(run.values[self.operand(call)], r.dtype)

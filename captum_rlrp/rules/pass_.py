@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -30,6 +30,18 @@ class Like(NamedTuple):
             self.shape, dtype=dtype, device=self.device, memory_format=self.memory_format
         )
         return empty.zero_()
+
+
+class Part(NamedTuple):
+    """Relevance of some elements along an axis of a value, and none of the others."""
+
+    relevance: Tensor
+    dim: int
+    start: int
+
+    def add_to(self, whole: Tensor) -> None:
+        """Adds it in its place."""
+        whole.narrow(self.dim, self.start, self.relevance.shape[self.dim]).add_(self.relevance)
 
 
 @dataclass
@@ -62,7 +74,7 @@ class Pass:
     magnitudes: dict[Node, Tensor] = field(default_factory=dict)
     scratch: dict[Any, Any] = field(default_factory=dict)
     checked: list[Tensor] = field(default_factory=list)
-    arrived: dict[Node, list[Tensor]] = field(default_factory=dict)
+    arrived: dict[Node, list[Tensor | Part]] = field(default_factory=dict)
     violation: Tensor | None = None
 
     def value(self, argument: Any) -> Any:
@@ -109,7 +121,25 @@ class Pass:
         None where there is none, or where each rule's own part is measured.
         """
         terms = self.arrived.get(node)
-        return terms.pop() if terms and self.violation is None else None
+        if not terms or self.violation is not None or isinstance(terms[-1], Part):
+            return None
+        term = terms.pop()
+        assert isinstance(term, Tensor)
+        return term
+
+    def total(self, node: Node, terms: Sequence[Tensor | Part]) -> Tensor:
+        """The sum of what has arrived at a value."""
+        parts = sorted((t for t in terms if isinstance(t, Part)), key=lambda part: part.start)
+        wholes = [t for t in terms if isinstance(t, Tensor)]
+        if not parts:
+            return wholes[0] if len(wholes) == 1 else self.kernels.add(wholes)
+        like = self.like(node)
+        if not wholes and _tile(parts, like.shape):
+            return torch.cat([part.relevance for part in parts], parts[0].dim)
+        total = self.kernels.add(wholes) if wholes else like.zeros(parts[0].relevance.dtype)
+        for part in parts:
+            part.add_to(total)
+        return total
 
     def evaluate(
         self,
@@ -168,3 +198,13 @@ class Pass:
                 args.append(value)
         result = call.target(*args, **kwargs)
         return result[call.item] if call.item is not None else result
+
+
+def _tile(parts: Sequence[Part], shape: Sequence[int]) -> bool:
+    """Whether the parts, in order, lie side by side and are all of the value."""
+    end, dim = 0, parts[0].dim
+    for part in parts:
+        if part.dim != dim or part.start != end:
+            return False
+        end += part.relevance.shape[dim]
+    return end == shape[dim]

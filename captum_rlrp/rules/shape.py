@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .base import Call, Rule
 from .linear import LinearRule
+from .pass_ import Part
 
 if TYPE_CHECKING:
     from .pass_ import Like, Pass
@@ -56,6 +57,21 @@ _BACK: dict[Any, Callable[[Tensor, dict[str, Any], Like], Tensor]] = {
     aten.select.int: _into_part(aten.select.int),
     aten.slice.Tensor: _into_part(aten.slice.Tensor),
 }
+
+
+class Slice(Move):
+    """Some of the elements along an axis; no other part of the value is made."""
+
+    def propagate(self, run: Pass, call: Call, r: Tensor) -> Sequence[Tensor | Part]:
+        like = run.like(self.operand(call))
+        args = call.args
+        if r.shape == like.shape or any(node is not self.operand(call) for node in call.nodes()):
+            return super().propagate(run, call, r)
+        dim = args["dim"] % len(like.shape)
+        if "index" in args:
+            return (Part(r.unsqueeze(dim), dim, args["index"] % like.shape[dim]),)
+        start, _, step = slice(args["start"], args["end"], args["step"]).indices(like.shape[dim])
+        return (Part(r, dim, start),) if step == 1 else super().propagate(run, call, r)
 
 
 class Reshape(Move):

@@ -166,7 +166,7 @@ class Program:
                 run.magnitudes.update(magnitudes(read, run.values))
             terms = arrived.pop(step.output, None)
             if terms is not None:
-                r = terms[0] if len(terms) == 1 else self.kernels.add(terms)
+                r = run.total(step.output, terms)
                 if step.output in relevance:
                     relevance[step.output] = _own(r)
                 for node, part in zip(step.carriers, step.propagate(run, r), strict=True):
@@ -176,8 +176,7 @@ class Program:
                 run.magnitudes.pop(node, None)
         for node in relevance:
             if node in arrived:
-                terms = arrived[node]
-                relevance[node] = _own(terms[0] if len(terms) == 1 else self.kernels.add(terms))
+                relevance[node] = _own(run.total(node, arrived[node]))
         return Result(relevance, run.violation, run.likes)
 
 
