@@ -46,13 +46,25 @@ def attending(options: dict[str, Any]) -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
-def test_weights_made_once_or_by_the_operation(kind: str) -> None:
+def test_weights_of_the_forward_made_again_or_by_the_operation(kind: str) -> None:
     model, x = attending(OPTIONS[kind]), torch.randn(2, TOKENS, 6, dtype=torch.float64)
     (found,) = all_paths(model, x, [0, 2])
-    with mock.patch.object(attention, "_LARGEST", 0):
-        expected = RelativeLRP(model).attribute(x, [0, 2])
+    with mock.patch.object(attention, "_FEW", 0):
+        again = RelativeLRP(model).attribute(x, [0, 2])
+        with mock.patch.object(attention, "_LARGEST", 0):
+            expected = RelativeLRP(model).attribute(x, [0, 2])
     assert expected.any()
+    assert relative_error(again, expected) <= 1e-10
     assert relative_error(found, expected) <= 1e-10
+
+
+def test_several_targets_read_the_same_weights() -> None:
+    model, x = attending({}), torch.randn(2, TOKENS, 6, dtype=torch.float64)
+    rlrp = RelativeLRP(model)
+    together = rlrp.attribute(x, [[0, 1, 2], [0, 1, 2]])
+    for target in range(3):
+        alone = rlrp.attribute(x, target)
+        assert relative_error(together[:, target], alone) <= 1e-10
 
 
 MOVES: dict[str, Callable[[Tensor], Tensor]] = {

@@ -22,7 +22,7 @@ from captum_rlrp import RelativeLRP
 from captum_rlrp.graph.twins import twin
 from captum_rlrp.kernels import extension
 from captum_rlrp.plan.steps import Single
-from captum_rlrp.rules import Pass
+from captum_rlrp.rules import Part, Pass
 from captum_rlrp.run import capturing, engine, program, recording, wide
 from captum_rlrp.run.recording import Recordings
 
@@ -194,9 +194,10 @@ def test_what_relevance_is_carried_in(
     seen: list[torch.dtype] = []
     propagate = Single.propagate
 
-    def watched(step: Single, run: Pass, r: Tensor) -> Sequence[Tensor]:
+    def watched(step: Single, run: Pass, r: Tensor) -> Sequence[Tensor | Part]:
         parts = propagate(step, run, r)
-        seen.extend(value.dtype for value in (r, *parts))
+        seen.append(r.dtype)
+        seen.extend((p.relevance if isinstance(p, Part) else p).dtype for p in parts)
         return parts
 
     monkeypatch.setattr(Single, "propagate", watched)

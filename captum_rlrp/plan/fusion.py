@@ -18,6 +18,7 @@ from ..graph.capture import CapturedGraph, bind, reads_values
 from ..kernels import convolution, onednn
 from ..kernels.reference import ints
 from ..rules import Call, LinearRule, Rule
+from ..rules.attention import RememberedAttention, ScaledDotProductAttention
 from ..rules.convolution import Convolution
 from ..rules.join import Extension, Join
 from ..rules.normalization import BatchNorm
@@ -26,6 +27,7 @@ from ..rules.pooling import MaxPool
 from ..rules.shape import Move
 from ..rules.skip import Sum
 from .instructions import (
+    Attention,
     FusedConvolution,
     InPlace,
     Instruction,
@@ -80,6 +82,10 @@ def fuse(
             pool = WinnersPool(call, rule)
             instructions[node] = pool
             exchanged[node] = RememberedMaxPool(pool)
+        if isinstance(rule, ScaledDotProductAttention):
+            attention = Attention(call)
+            instructions[node] = attention
+            exchanged[node] = RememberedAttention(attention)
     for node in graph.nodes:
         if _packet(node) is aten.linear:
             instructions[node] = Linear(Call(node, node.target, bind(node), ()))

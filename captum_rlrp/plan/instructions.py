@@ -18,6 +18,7 @@ from ..kernels import convolution, onednn
 from ..kernels.convolution import Filters
 from ..kernels.reference import accumulation_dtype
 from ..rules import Call, Like, Pass
+from ..rules.attention import kept_weights
 from ..rules.normalization import batch_norm_scale
 from ..rules.pooling import MaxPool
 from ..rules.skip import Sum
@@ -291,7 +292,21 @@ class Linear(_OneCall):
         return product(x, weight, bias)
 
 
-Instruction = FusedConvolution | InPlace | Linear | ReluInPlace | WinnersPool
+@dataclass(frozen=True, eq=False)
+class Attention(_OneCall):
+    """Attention that leaves its weights for the way back, if they are few."""
+
+    def __call__(self, run: Pass) -> Tensor:
+        weights, args = kept_weights(run, self.call), self.call.args
+        if weights is None:
+            y: Tensor = self.call.target(**{name: run.value(args[name]) for name in args})
+            return y
+        run.scratch[self] = weights
+        value: Tensor = run.value(args["value"])
+        return weights @ value
+
+
+Instruction = Attention | FusedConvolution | InPlace | Linear | ReluInPlace | WinnersPool
 
 
 class RememberedMaxPool(MaxPool):

@@ -121,9 +121,9 @@ struct Arguments {
       RLRP_CHECK(stride[i] >= 1 && (point || stride[i] <= conv.kernel[i]), op,
                  "stride must be from 1 to the number of taps along its axis, but for 1×1");
       RLRP_CHECK(padding[i] >= 0 && padding[i] < conv.kernel[i], op, "padding must be less than the filters");
-      conv.stride[i] = stride[i];
-      conv.padding[i] = padding[i];
       const int64_t inputs = transpose ? (*size)[i] : image.size(2 + i);
+      conv.stride[i] = min64(stride[i], std::max<int64_t>(inputs, conv.kernel[i]));  // no farther than the image
+      conv.padding[i] = padding[i];
       const int64_t room = inputs + 2 * padding[i] - conv.kernel[i];
       RLRP_CHECK(inputs >= 0 && room >= 0, op, "the image, padded, must be as large as the filters");
       outputs[i] = room / stride[i] + 1;

@@ -254,6 +254,7 @@ def test_convolutions_refuse_images_that_do_not_fit():
     assert refused("convolution", (x[:, :20], weight[:, :20], None, None, None, *window))
     x, weight, *_ = STRIDED["convolution"]
     point = torch.randn(64, 32, 1, 1)
-    assert refused("convolution", (x, point, None, None, None, [1, 2], [0, 0], False))
+    for stride in ([1, 0], [-1, 1]):
+        assert refused("convolution", (x, point, None, None, None, stride, [0, 0], False))
     for stride in ([2, 1], [1, 4], [1, 0], [1, -1], [1, 2**62]):
         assert refused("convolution", (x, weight, None, None, None, stride, [0, 0], False))
