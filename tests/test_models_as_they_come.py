@@ -536,3 +536,17 @@ def test_graphs_with_a_batch_vector() -> None:
     assert all(part.abs().sum() > 0 for part in alone)
     assert delta.shape == (2,)
     agree(both, torch.cat(alone))
+
+
+def test_a_sparse_matrix_says_what_to_do() -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("adjacency", torch.eye(4).to_sparse())
+            self.head = nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sparse.mm(self.adjacency, self.head(x)).relu()
+
+    with pytest.raises(CaptureError, match=r"adjacency is sparse; keep it dense, by to_dense\(\)"):
+        RelativeLRP(Graph().eval()).attribute(torch.rand(4, 5), target=0)

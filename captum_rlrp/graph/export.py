@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import warnings
 from collections.abc import Collection, Iterator, Sequence
@@ -149,6 +150,12 @@ def quiet() -> Iterator[None]:
                 logger.disabled = was
 
 
+def _sparse(model: nn.Module) -> str:
+    """The name of a sparse tensor of the model, if there is one."""
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    return next((name for name, value in named if "sparse" in str(value.layout)), "")
+
+
 def _explain(error: Exception, model: nn.Module) -> str:
     text = str(error).strip()
     lower = text.lower()
@@ -157,6 +164,8 @@ def _explain(error: Exception, model: nn.Module) -> str:
             "some of its weights are on the meta device, as those that are offloaded are; load it "
             "whole, on one device"
         )
+    elif sparse := _sparse(model):
+        cause = f"{sparse} is sparse; keep it dense, by to_dense(), or as indices for index_add"
     elif "torch.classes.quantized" in lower:
         cause = (
             "its weights are packed by torch.ao.quantization; explain the model as it was before"
