@@ -164,7 +164,7 @@ def _explain(error: Exception, model: nn.Module) -> str:
             "some of its weights are on the meta device, as those that are offloaded are; load it "
             "whole, on one device"
         )
-    elif sparse := _sparse(model):
+    elif "sparse" in lower and (sparse := _sparse(model)):
         cause = f"{sparse} is sparse; keep it dense, by to_dense(), or as indices for index_add"
     elif "torch.classes.quantized" in lower:
         cause = (

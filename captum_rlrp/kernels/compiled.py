@@ -179,12 +179,7 @@ def magnitude(x: Tensor) -> Tensor:
 
 def add(terms: Sequence[Tensor]) -> Tensor:
     """See :func:`captum_rlrp.kernels.reference.add`."""
-    if len(terms) == 1:
-        return terms[0].clone()
-    total = torch.add(terms[0], terms[1], out=empty_like(terms[0]))
-    for term in terms[2:]:
-        total += term
-    return total
+    return reference.add(terms, empty_like(terms[0]) if len(terms) > 1 else None)
 
 
 # ---- the forward ------------------------------------------------------------------------------

@@ -103,7 +103,9 @@ def has_law(x: Operand, weight: Tensor, window: reference.Window) -> bool:
         and len(x.shape) == weight.dim() in (3, 4)
         and all(p < k for p, k in zip(padding, weight.shape[2:], strict=True))
         and max(weight.shape[2:]) < _MOST_TAPS
-        and (_is_point(weight) or not _leaves_out_pixels(weight, stride))
+        and (
+            _is_point(weight) or all(s <= k for s, k in zip(stride, weight.shape[2:], strict=True))
+        )
     )
 
 
@@ -165,10 +167,6 @@ def _is_line(weight: Tensor, stride: Sequence[int]) -> bool:
 
 def _is_point(weight: Tensor) -> bool:
     return math.prod(weight.shape[2:]) == 1 and not _is_of_few(weight)
-
-
-def _leaves_out_pixels(weight: Tensor, stride: Sequence[int]) -> bool:
-    return any(s > k for s, k in zip(stride, weight.shape[2:], strict=True))
 
 
 def forward(

@@ -129,9 +129,14 @@ def magnitude(x: Tensor) -> Tensor:
     return x.abs()
 
 
-def add(terms: Sequence[Tensor]) -> Tensor:
-    """The sum of relevances that arrive at one value; never one of the terms itself."""
-    total = terms[0] + terms[1] if len(terms) > 1 else terms[0].clone()
+def add(terms: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+    """The sum of relevances that arrive at one value; never one of the terms itself.
+
+    Args:
+        terms: All of one shape.
+        out: Where it may go, if there are several.
+    """
+    total = torch.add(terms[0], terms[1], out=out) if len(terms) > 1 else terms[0].clone()
     for term in terms[2:]:
         total += term
     return total

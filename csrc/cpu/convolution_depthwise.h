@@ -171,7 +171,7 @@ class Depthwise {
       const float* tap = taps + lane;
       for (int64_t i = 0; i < conv_.kernel[0]; ++i) {
         const float* row = first + (i * tile.width + pixel * conv_.stride[1]) * kLine + lane;
-        if (conv_.stride[1] == 1) {
+        if (conv_.stride[1] == 1) {  // a constant: the pixels' addresses differ by it
           meet_row<kLanes, kCount>(row, 1, tap, y);
         } else {
           meet_row<kLanes, kCount>(row, conv_.stride[1], tap, y);
