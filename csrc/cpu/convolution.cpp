@@ -12,6 +12,7 @@
 #include "convolution_depthwise.h"
 #include "convolution_guarded.h"
 #include "convolution_line.h"
+#include "convolution_point.h"
 
 namespace rlrp {
 namespace convolution {

@@ -11,6 +11,7 @@ struct Area {
   static constexpr int kTerms = kAxisTerms * kAxisTerms;
   static constexpr int64_t outputs[2] = {2, 2};
   static constexpr int64_t kGap = 0;
+  static int64_t memory(int64_t filters, int64_t) { return kMost * filters; }
 
   Axis down, along;
 

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "convolution_point.h"
+#include "convolution_pixels.h"
 
 namespace rlrp {
 namespace convolution {
@@ -13,6 +13,7 @@ struct Direct {
   static constexpr int kTerms = 1;
   static constexpr int64_t outputs[2] = {1, 1};
   static constexpr int64_t kGap = 0;
+  static int64_t memory(int64_t, int64_t depth) { return Packed::memory(depth); }
 
   int64_t taps;
 
@@ -69,7 +70,10 @@ RLRP_INLINE inline void convolve(const Work& work, const Direct& direct, const P
       pixels.add(k, conv, at, row, width);
     }
   });
-  multiply_block<kLanes>(work, pixels, first, last - first, {conv.kernel[0], width, 0});
+  const Runs runs{conv.kernel[0], width, 0};
+  const int64_t packed = multiply_packed<kLanes>(work, pixels, last - first, runs, buffer + planes.patches[1]);
+  multiply_whole<kLanes>(work, pixels, packed, last - first, runs);
+  add_sums<kLanes>(work, pixels, first, last - first);
 }
 
 }  // namespace convolution

@@ -9,6 +9,7 @@ namespace convolution {
 struct Line {
   static constexpr int kTerms = kAxisTerms;
   static constexpr int64_t kGap = 0;
+  static int64_t memory(int64_t filters, int64_t) { return kMost * filters; }
 
   int axis;
   Axis along;

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "convolution.h"
+#include "convolution_pixels.h"
 
 namespace rlrp {
 namespace convolution {
@@ -13,6 +13,7 @@ struct Point {
   static constexpr int kTerms = 1;
   static constexpr int64_t outputs[2] = {1, 1};
   static constexpr int64_t kGap = kPad;
+  static int64_t memory(int64_t, int64_t depth) { return Packed::memory(depth); }
 
   int64_t depth(int) const { return 1; }
 
@@ -86,106 +87,6 @@ struct Point {
 
 constexpr int64_t kCrowd = 1024;  // floats: rows so far apart share a few places of the first cache
 
-// The places of some pixels of the output, of what they are made of, and what becomes of them.
-template <int kLanes>
-struct Pixels {
-  const float* from[kMost];
-  int64_t step[kMost];  // to the next run of numbers
-  int64_t to[kMost];
-  Vector<kLanes> sum[kMost];
-
-  RLRP_INLINE void add(int64_t k, const Convolution& conv, const Place& at, const float* inputs, int64_t inputs_step) {
-    from[k] = inputs;
-    step[k] = inputs_step;
-    to[k] = conv.out.offset(at.n, at.h, at.w);
-    sum[k] = Vector<kLanes>{};
-  }
-};
-
-// How the numbers lie that an output is made of.
-struct Runs {
-  int64_t count, depth;  // numbers that lie side by side
-  int64_t ahead;         // how far the next block's lie behind, to be brought near; 0 if that is not to be
-};
-
-// So many vectors' outputs of some of them, kSome of the last vector's.
-template <int kLanes, int kCount, int kWidth, int kSome>
-RLRP_INLINE inline void multiply_pixels(const Convolution& conv, Pixels<kLanes>& pixels, int64_t first,
-                                        const Runs& runs, const float* panel, int64_t channel) {
-  const float* row[kCount];
-  for (int r = 0; r < kCount; ++r) {
-    row[r] = pixels.from[first + r];
-    for (int j = 0; j < kWidth; ++j) {  // what the sums will meet
-      const int64_t offset = pixels.to[first + r] + channel + j * kLanes;
-      if (!conv.streams) __builtin_prefetch(conv.y + offset, 1);
-      if (conv.other) __builtin_prefetch(conv.other + offset);
-      if (conv.times) __builtin_prefetch(conv.times + offset);
-      if (conv.dividend) __builtin_prefetch(conv.dividend + offset);
-    }
-  }
-  Vector<kLanes> sum[kCount][kWidth] = {};
-  const auto at = [&](int r, int64_t k) RLRP_INLINE { return row[r][k]; };
-  if (runs.ahead) {
-    int64_t k = 0;
-    for (; k + kLine <= runs.depth; k += kLine) {
-      for (int r = 0; r < kCount; ++r) __builtin_prefetch(row[r] + runs.ahead + k, 0, 2);
-      multiply<kLanes, kCount>(k, k + kLine, at, panel, sum);
-    }
-    multiply<kLanes, kCount>(k, runs.depth, at, panel, sum);
-  }
-  for (int64_t run = 0; !runs.ahead && run < runs.count; ++run, panel += runs.depth * kWidth * kLanes) {
-    multiply<kLanes, kCount>(0, runs.depth, at, panel, sum);
-    for (int r = 0; r < kCount; ++r) row[r] += pixels.step[first + r];
-  }
-#pragma GCC unroll 12
-  for (int r = 0; r < kCount; ++r) {
-    Vector<kLanes> total = pixels.sum[first + r];
-#pragma GCC unroll 2
-    for (int j = 0; j < kWidth; ++j) {
-      const int64_t c = channel + j * kLanes;
-      if (conv.bias) sum[r][j] += load<kLanes, kSome>(conv.bias + c);
-      put<kLanes, kSome>(conv, pixels.to[first + r] + c, sum[r][j], total);
-    }
-    pixels.sum[first + r] = total;
-  }
-}
-
-// Some of the outputs of a block of pixels, from a channel on: kSome if that is less than a vector, else kWidth vectors.
-template <int kLanes, int kWidth, int kSome = kLanes>
-RLRP_INLINE inline void multiply_panel(const Work& work, Pixels<kLanes>& pixels, int64_t count, Runs runs,
-                                       int64_t channel) {
-  const Convolution& conv = work.conv;
-  constexpr int kMany = kRows<kLanes>, kFew = kFewRows<kLanes>;
-  const float* panel = work.filters + channel * runs.count * runs.depth;
-  channel += work.range.first;
-  int64_t k = 0;
-  for (; k + kMany <= count; k += kMany) {
-    multiply_pixels<kLanes, kMany, kWidth, kSome>(conv, pixels, k, runs, panel, channel);
-  }
-  runs.ahead = 0;
-  for (; k + kFew <= count; k += kFew) {
-    multiply_pixels<kLanes, kFew, kWidth, kSome>(conv, pixels, k, runs, panel, channel);
-  }
-  for (; k < count; ++k) multiply_pixels<kLanes, 1, kWidth, kSome>(conv, pixels, k, runs, panel, channel);
-}
-
-// All outputs of a block of pixels, from the patch `first` on.
-template <int kLanes>
-RLRP_INLINE inline void multiply_block(const Work& work, Pixels<kLanes>& pixels, int64_t first, int64_t count,
-                                       Runs runs) {
-  const int64_t channels = work.range.count;
-  int64_t c = 0;
-  for (; c + kPanel<kLanes> <= channels; c += kPanel<kLanes>) {
-    multiply_panel<kLanes, kColumns>(work, pixels, count, runs, c);
-    runs.ahead = 0;
-  }
-  for (; c + kLanes <= channels; c += kLanes) multiply_panel<kLanes, 1>(work, pixels, count, runs, c);
-  if constexpr (kLanes > kHalf) {
-    if (c < channels) multiply_panel<kLanes, 1, kHalf>(work, pixels, count, runs, c);
-  }
-  for (int64_t k = 0; work.conv.sums && k < count; ++k) work.sums[first + k] += total<kLanes>(pixels.sum[k]);
-}
-
 template <int kLanes>
 RLRP_INLINE inline void copy_pixel(const float* pixel, int64_t count, bool absolute, float* to) {
   int64_t c = 0;
@@ -196,24 +97,37 @@ RLRP_INLINE inline void copy_pixel(const float* pixel, int64_t count, bool absol
   for (; c < count; ++c) to[c] = absolute ? std::abs(pixel[c]) : pixel[c];
 }
 
+// Has some pixels of a block read from copies.
 template <int kLanes>
-RLRP_INLINE inline void convolve(const Work& work, const Point&, const Planes<Point::kTerms>&, int64_t first,
+RLRP_INLINE inline void copy_pixels(const Convolution& conv, Pixels<kLanes>& pixels, int64_t first, int64_t last,
+                                    float* buffer) {
+  const int64_t in = conv.in.channels;
+  for (int64_t k = first; k < last; ++k) {
+    float* apart = buffer + k * (in + Point::kGap);
+    copy_pixel<kLanes>(pixels.from[k], in, conv.absolute, apart);
+    pixels.from[k] = apart;
+  }
+}
+
+template <int kLanes>
+RLRP_INLINE inline void convolve(const Work& work, const Point&, const Planes<Point::kTerms>& planes, int64_t first,
                                  int64_t last, float* buffer) {
   const Convolution& conv = work.conv;
   Pixels<kLanes> pixels;
   const int64_t count = last - first, in = conv.in.channels;
-  const bool copied = in % kCrowd == 0 || conv.absolute;
-  const bool dense = conv.in.step[1] == in && conv.stride[0] == 1 && conv.stride[1] == 1;
   work.grid.each(first, last, [&](int64_t k, const Place& at) RLRP_INLINE {
-    const float* pixel = conv.pixel(at, 0, 0, work.zeros);
-    if (copied) {
-      float* apart = buffer + k * (in + Point::kGap);
-      copy_pixel<kLanes>(pixel, in, conv.absolute, apart);
-      pixel = apart;
-    }
-    pixels.add(k, conv, at, pixel, 0);
+    pixels.add(k, conv, at, conv.pixel(at, 0, 0, work.zeros), 0);
   });
-  multiply_block<kLanes>(work, pixels, first, count, {1, in, dense && !copied ? kBlock * in : 0});
+  const bool dense = conv.in.step[1] == in && conv.stride[0] == 1 && conv.stride[1] == 1;
+  if (conv.absolute) copy_pixels<kLanes>(conv, pixels, 0, count, buffer);
+  Runs runs{1, in, dense && !conv.absolute ? kBlock * in : 0};
+  const int64_t packed = multiply_packed<kLanes>(work, pixels, count, runs, buffer + planes.patches[1]);
+  if (in % kCrowd == 0 && !conv.absolute) {
+    copy_pixels<kLanes>(conv, pixels, packed, count, buffer);
+    runs.ahead = 0;
+  }
+  multiply_whole<kLanes>(work, pixels, packed, count, runs);
+  add_sums<kLanes>(work, pixels, first, count);
 }
 
 }  // namespace convolution

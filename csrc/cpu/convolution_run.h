@@ -45,7 +45,7 @@ Planes<Scheme::kTerms> planes_of(const Convolution& conv, const Scheme& scheme, 
     planes.patches[term + 1] = planes.patches[term] + patches * (depth + Scheme::kGap) + kPad;
     planes.filters[term + 1] = planes.filters[term] + filters * depth + kPad;
   }
-  planes.products = kMost * filters + kPad;
+  planes.products = Scheme::memory(filters, planes.depth[0]) + kPad;
   return planes;
 }
 

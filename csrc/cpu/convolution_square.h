@@ -17,6 +17,7 @@ struct Square {
   static constexpr int kTerms = kReach * kReach;
   static constexpr int64_t outputs[2] = {kSide, kSide};
   static constexpr int64_t kGap = 0;
+  static int64_t memory(int64_t filters, int64_t) { return kMost * filters; }
 
   // Whether it takes fewer multiplications than Area, which rounds less: not of some small images.
   static bool suits(const Convolution& conv) {

@@ -61,6 +61,18 @@ void run_wide(const F& f) {
   }
 }
 
+// Runs f, which is code for so many lanes, as a function of its own, where it has all registers for itself.
+template <int kLanes, class F>
+RLRP_INLINE inline void run_apart(const F& f) {
+  if constexpr (kLanes == 16) {
+    on_avx512(f);
+  } else if constexpr (kLanes == 8) {
+    on_avx2(f);
+  } else {
+    f();
+  }
+}
+
 #else
 
 inline const char* instructions() {
@@ -70,6 +82,11 @@ inline const char* instructions() {
 template <class F>
 void run_wide(const F& f) {
   f(std::integral_constant<int, 4>{});
+}
+
+template <int, class F>
+RLRP_INLINE inline void run_apart(const F& f) {
+  f();
 }
 
 #endif
@@ -85,9 +102,12 @@ template <int kLanes>
 struct Lanes {
   typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
   typedef float Unaligned __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
+  typedef uint32_t Integers __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 };
 template <int kLanes>
 using Vector = typename Lanes<kLanes>::Vector;
+template <int kLanes>
+using Integers = typename Lanes<kLanes>::Integers;
 
 // The first few lanes, or all; the others are 0.
 template <int kLanes, int kSome = kLanes>
@@ -152,6 +172,39 @@ RLRP_INLINE inline Vector<kLanes> hold(Vector<kLanes> value) {
   asm("" : "+v"(value));
 #endif
   return value;
+}
+
+typedef uint16_t Chosen;  // a bit for each lane
+
+// The lanes in which not all bits are 0.
+template <int kLanes>
+RLRP_INLINE inline Chosen choose(const Integers<kLanes>& bits) {
+  Chosen chosen = 0;
+#if defined(__x86_64__) && !defined(__clang_analyzer__)
+  if constexpr (kLanes == 16) {
+    asm("vptestmd %1, %1, %0" : "=k"(chosen) : "v"(bits));
+    return chosen;
+  }
+#endif
+  for (int lane = 0; lane < kLanes; ++lane) chosen |= (bits[lane] != 0) << lane;
+  return chosen;
+}
+
+// Stores the lanes chosen one behind the other, and what nobody reads up to kLanes.
+template <int kLanes, class T, class V>
+RLRP_INLINE inline void store_chosen(T* to, const V& lanes, Chosen chosen) {
+#if defined(__x86_64__) && !defined(__clang_analyzer__)
+  if constexpr (kLanes == 16) {
+    V front;
+    asm("vpcompressd %1, %0%{%2%}%{z%}" : "=v"(front) : "v"(lanes), "Yk"(chosen));
+    memcpy(to, &front, sizeof front);
+    return;
+  }
+#endif
+  for (int lane = 0; lane < kLanes; ++lane) {
+    *to = lanes[lane];
+    to += chosen >> lane & 1;
+  }
 }
 
 // Exchanges blocks of kStep lanes off the diagonal of two rows of blocks.

@@ -156,9 +156,14 @@ def test_the_law(case, layout):
     x, filters = make(case, layout)
     x = like_image(x.abs()) if layout == "channels_last" else x.abs()
     x[..., x.shape[-1] // 2 :] *= 1e-6  # small beside large
+    n, _, *size = convolved(x, filters.weight, filters).shape
+    r = rand(n, len(filters.weight), *size, dtype=torch.float32, layout=layout)
+    assert_law(r, x, filters)
+
+
+def assert_law(r, x, filters):
     wide, weight = exact(x).requires_grad_(), exact(filters.weight).abs()
     d = convolved(wide, weight, filters)
-    r = rand(*d.shape, dtype=torch.float32, layout=layout)
     s, total = convolution.divide(r, x, filters)
     expected = torch.where(d > 0, exact(r) / d, 0.0).detach()
     assert ((exact(s) - expected).abs() <= 3e-5 * expected.abs()).all()
@@ -169,6 +174,39 @@ def test_the_law(case, layout):
     (bound,) = torch.autograd.grad(d, wide, expected.abs())
     q = exact(convolution.product(x, s, filters))
     assert ((q - exact(x) * g).abs() <= 5e-5 * exact(x) * bound).all()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (2, 64, 256, (11, 13), (1, 1), (1, 1), (0, 0)),
+        (3, 72, 120, (7, 7), (1, 1), (1, 1), (0, 0)),  # vectors, and half of one, left over
+        (1, 1024, 152, (5, 11), (1, 1), (1, 1), (0, 0)),
+        (2, 200, 328, (9, 8), (1, 1), (2, 2), (0, 0)),
+        (1, 128, 2048, (1, 64), (1, 1), (1, 1), (0, 0)),
+        (2, 64, 128, (14, 15), SQUARE, (2, 2), (1, 1)),
+        (1, 32, 96, (9, 10), (5, 4), (1, 1), (2, 1)),
+        (2, 96, 288, (31,), (1,), (1,), (0,)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.9])
+def test_images_with_many_zeros(case, kept):
+    """What is 0 at all of a few neighbours is left out, if that is enough; a zero may have a sign."""
+    x, filters = make(case, "channels_last")
+
+    def thinned(image):
+        """Of whole channels, and of pixels by themselves."""
+        full = (torch.rand(image.shape[:2]) < kept).view(*image.shape[:2], *[1] * (image.dim() - 2))
+        thin = torch.where(full & (torch.rand_like(image) < 0.7), image, image * 0)
+        return torch.where(torch.rand_like(image) < 1e-3, image, thin)
+
+    x = thinned(x)
+    y = convolved(exact(x), scaled(filters), filters, exact(filters.shift))
+    ours, total = convolution.forward(x, filters)
+    agree(ours, y, torch.float32, scale=4)
+    assert_total(total, y)
+    assert_law(thinned(torch.randn(y.shape)), x.abs(), filters)
 
 
 # channels, size, taps, stride, padding

@@ -42,10 +42,13 @@ def test_the_law(dtype, rows, inputs, outputs, turned):
     ("inputs", "outputs"), [(96, 64), (1024, 40), (8, 2056), (2056, 8), (1112, 1112)]
 )
 @pytest.mark.parametrize("turned", [False, True])
-def test_by_products(rows, inputs, outputs, turned):
+@pytest.mark.parametrize("kept", [0.2, 1])
+def test_by_products(rows, inputs, outputs, turned, kept):
     """Enough of them; in eights, they go by panels of vectors, and half a vector at the end."""
     x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
     r = torch.randn(rows, outputs)
+    x *= torch.rand(inputs) <= kept
+    r *= torch.rand(outputs) <= kept
     x[0] = 0
     if turned:
         x, r, weight = (t.t().contiguous().t() for t in (x, r, weight))

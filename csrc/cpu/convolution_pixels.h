@@ -1,0 +1,192 @@
+// The product that the schemes have in common which multiply pixels as they lie: of so many pixels by panels of filters,
+// whose sums are finished while they are in registers.
+#pragma once
+
+#include "convolution_packed.h"
+
+namespace rlrp {
+namespace convolution {
+
+template <int kLanes>
+constexpr int kWideColumns = kLanes == 16 ? 4 : 2;  // what the registers hold, times kGroup
+template <int kLanes>
+constexpr int64_t kToPack = kLanes == 16 ? 16 : 64;  // outputs that take as long as packing what they are made of
+
+// The places of some pixels of the output, of what they are made of, and what becomes of them.
+template <int kLanes>
+struct Pixels {
+  const float* from[kMost];
+  int64_t step[kMost];  // to the next run of numbers
+  int64_t to[kMost];
+  Vector<kLanes> sum[kMost];
+
+  RLRP_INLINE void add(int64_t k, const Convolution& conv, const Place& at, const float* inputs, int64_t inputs_step) {
+    from[k] = inputs;
+    step[k] = inputs_step;
+    to[k] = conv.out.offset(at.n, at.h, at.w);
+    sum[k] = Vector<kLanes>{};
+  }
+};
+
+// Brings near what the sums of kCount pixels will meet.
+template <int kLanes, int kCount, int kWidth>
+RLRP_INLINE inline void prefetch_pixels(const Convolution& conv, const Pixels<kLanes>& pixels, int64_t first,
+                                        int64_t channel) {
+  for (int r = 0; r < kCount; ++r) {
+    for (int j = 0; j < kWidth; ++j) {
+      const int64_t offset = pixels.to[first + r] + channel + j * kLanes;
+      if (!conv.streams) __builtin_prefetch(conv.y + offset, 1);
+      if (conv.other) __builtin_prefetch(conv.other + offset);
+      if (conv.times) __builtin_prefetch(conv.times + offset);
+      if (conv.dividend) __builtin_prefetch(conv.dividend + offset);
+    }
+  }
+}
+
+// Writes so many vectors of their outputs, kSome of the last.
+template <int kLanes, int kCount, int kWidth, int kSome>
+RLRP_INLINE inline void put_pixels(const Convolution& conv, Pixels<kLanes>& pixels, int64_t first, int64_t channel,
+                                   Vector<kLanes> (&sum)[kCount][kWidth]) {
+#pragma GCC unroll 12
+  for (int r = 0; r < kCount; ++r) {
+    Vector<kLanes> total = pixels.sum[first + r];
+#pragma GCC unroll 4
+    for (int j = 0; j < kWidth; ++j) {
+      const int64_t c = channel + j * kLanes;
+      if (conv.bias) sum[r][j] += load<kLanes, kSome>(conv.bias + c);
+      put<kLanes, kSome>(conv, pixels.to[first + r] + c, sum[r][j], total);
+    }
+    pixels.sum[first + r] = total;
+  }
+}
+
+template <int kLanes, int kCount, int kWidth, int kSome>
+RLRP_INLINE inline void multiply_pixels(const Convolution& conv, Pixels<kLanes>& pixels, int64_t first,
+                                        const Runs& runs, const float* panel, int64_t channel) {
+  const float* row[kCount];
+  for (int r = 0; r < kCount; ++r) row[r] = pixels.from[first + r];
+  prefetch_pixels<kLanes, kCount, kWidth>(conv, pixels, first, channel);
+  Vector<kLanes> sum[kCount][kWidth] = {};
+  const auto at = [&](int r, int64_t k) RLRP_INLINE { return row[r][k]; };
+  if (runs.ahead) {
+    int64_t k = 0;
+    for (; k + kLine <= runs.depth; k += kLine) {
+      for (int r = 0; r < kCount; ++r) __builtin_prefetch(row[r] + runs.ahead + k, 0, 2);
+      multiply<kLanes, kCount>(k, k + kLine, at, panel, sum);
+    }
+    multiply<kLanes, kCount>(k, runs.depth, at, panel, sum);
+  }
+  for (int64_t run = 0; !runs.ahead && run < runs.count; ++run, panel += runs.depth * kWidth * kLanes) {
+    multiply<kLanes, kCount>(0, runs.depth, at, panel, sum);
+    for (int r = 0; r < kCount; ++r) row[r] += pixels.step[first + r];
+  }
+  put_pixels<kLanes, kCount, kWidth, kSome>(conv, pixels, first, channel, sum);
+}
+
+// The same of a group; a panel holds as many vectors as kPanels says, and the next begins so far behind it.
+template <int kLanes, int kWidth, int kSome>
+RLRP_INLINE inline void multiply_group(const Convolution& conv, Pixels<kLanes>& pixels, int64_t first,
+                                       const Group& group, int64_t step, const float* panel, int64_t next,
+                                       int64_t channel) {
+  constexpr int kOfPanel = kWidth < kColumns ? kWidth : kColumns;
+  prefetch_pixels<kLanes, kGroup, kWidth>(conv, pixels, first, channel);
+  Vector<kLanes> sum[kGroup][kWidth] = {};
+  const float* rows = group.rows;
+  for (int64_t k = 0; k < group.count; ++k) {
+    const float* taps = panel + static_cast<int64_t>(group.taps[k]) * kOfPanel * kLanes;
+    Vector<kLanes> factor[kWidth];
+#pragma GCC unroll 4
+    for (int j = 0; j < kWidth; ++j) factor[j] = load<kLanes>(taps + j / kOfPanel * next + j % kOfPanel * kLanes);
+#pragma GCC unroll 6
+    for (int r = 0; r < kGroup; ++r) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kWidth; ++j) sum[r][j] += rows[r * step + k] * factor[j];
+    }
+  }
+  put_pixels<kLanes, kGroup, kWidth, kSome>(conv, pixels, first, channel, sum);
+}
+
+// Some of the outputs of a block of pixels, from one on, and from a channel on: kSome if that is less than a vector,
+// else kWidth vectors.
+template <int kLanes, int kWidth, int kSome = kLanes>
+RLRP_INLINE inline void multiply_panel(const Work& work, Pixels<kLanes>& pixels, int64_t first, int64_t last, Runs runs,
+                                       int64_t channel) {
+  const Convolution& conv = work.conv;
+  constexpr int kMany = kRows<kLanes>, kFew = kFewRows<kLanes>;
+  const float* panel = work.filters + channel * runs.count * runs.depth;
+  channel += work.range.first;
+  int64_t k = first;
+  for (; k + kMany <= last; k += kMany) {
+    multiply_pixels<kLanes, kMany, kWidth, kSome>(conv, pixels, k, runs, panel, channel);
+  }
+  runs.ahead = 0;
+  for (; k + kFew <= last; k += kFew) {
+    multiply_pixels<kLanes, kFew, kWidth, kSome>(conv, pixels, k, runs, panel, channel);
+  }
+  for (; k < last; ++k) multiply_pixels<kLanes, 1, kWidth, kSome>(conv, pixels, k, runs, panel, channel);
+}
+
+// All outputs of some pixels of a block, as they are.
+template <int kLanes>
+RLRP_INLINE inline void multiply_whole(const Work& work, Pixels<kLanes>& pixels, int64_t first, int64_t last,
+                                       Runs runs) {
+  const int64_t channels = work.range.count;
+  int64_t c = 0;
+  for (; c + kPanel<kLanes> <= channels; c += kPanel<kLanes>) {
+    multiply_panel<kLanes, kColumns>(work, pixels, first, last, runs, c);
+    runs.ahead = 0;
+  }
+  for (; c + kLanes <= channels; c += kLanes) multiply_panel<kLanes, 1>(work, pixels, first, last, runs, c);
+  if constexpr (kLanes > kHalf) {
+    if (c < channels) multiply_panel<kLanes, 1, kHalf>(work, pixels, first, last, runs, c);
+  }
+}
+
+// So many vectors of the outputs of groups, likewise.
+template <int kLanes, int kWidth, int kSome = kLanes>
+RLRP_INLINE inline void multiply_groups(const Work& work, Pixels<kLanes>& pixels, int64_t count, const Packed& packed,
+                                        int64_t depth, int64_t channel) {
+  const float* panel = work.filters + channel * depth;
+  for (int64_t g = 0; g < count; ++g) {
+    simd::run_apart<kLanes>([&]() RLRP_INLINE {
+      multiply_group<kLanes, kWidth, kSome>(work.conv, pixels, g * kGroup, packed[g], packed.step, panel,
+                                            kPanel<kLanes> * depth, work.range.first + channel);
+    });
+  }
+}
+
+// All outputs of the groups of a block, if enough can be left out of them; returns of how many pixels.
+template <int kLanes>
+RLRP_INLINE inline int64_t multiply_packed(const Work& work, Pixels<kLanes>& pixels, int64_t count, const Runs& runs,
+                                           float* memory) {
+  constexpr int kWide = kWideColumns<kLanes>;
+  const int64_t depth = runs.count * runs.depth, groups = count / kGroup, channels = work.range.count;
+  if (channels <= kToPack<kLanes> || groups == 0) return 0;
+  Packed packed(memory, depth);
+  for (int64_t g = 0; g < groups; ++g) {
+    const Group& group = packed.pack<kLanes>(g, pixels.from + g * kGroup, pixels.step + g * kGroup, runs);
+    const int64_t left_out = depth - group.count;
+    if (g == 0 && left_out * channels < depth * kToPack<kLanes>) return 0;  // as the first, so the others
+  }
+  int64_t c = 0;
+  for (; c + kWide * kLanes <= channels; c += kWide * kLanes) {
+    multiply_groups<kLanes, kWide>(work, pixels, groups, packed, depth, c);
+  }
+  for (; c + kPanel<kLanes> <= channels; c += kPanel<kLanes>) {
+    multiply_groups<kLanes, kColumns>(work, pixels, groups, packed, depth, c);
+  }
+  for (; c + kLanes <= channels; c += kLanes) multiply_groups<kLanes, 1>(work, pixels, groups, packed, depth, c);
+  if constexpr (kLanes > kHalf) {
+    if (c < channels) multiply_groups<kLanes, 1, kHalf>(work, pixels, groups, packed, depth, c);
+  }
+  return groups * kGroup;
+}
+
+// Adds what a block's pixels sum to, from the patch `first` on.
+template <int kLanes>
+RLRP_INLINE inline void add_sums(const Work& work, const Pixels<kLanes>& pixels, int64_t first, int64_t count) {
+  for (int64_t k = 0; work.conv.sums && k < count; ++k) work.sums[first + k] += total<kLanes>(pixels.sum[k]);
+}
+
+}  // namespace convolution
+}  // namespace rlrp
