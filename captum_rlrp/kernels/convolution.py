@@ -3,8 +3,7 @@
 The model's forward goes by Winograd's algorithms where filters have several taps, in fewer
 multiplications. They mix neighbouring pixels, and lose what is small beside them, by which the law
 divides: so its convolutions of 3×3 find such pixels, and leave them to a direct convolution, by
-which all others go. float32 on the CPU, channels in multiples of 32, for 1×1 of 8, or few of the
-input; the law also depthwise. :func:`suits`, :func:`pays` and :func:`has_law` tell.
+which all others go. float32 on the CPU. :func:`suits`, :func:`pays` and :func:`has_law` tell.
 """
 
 from __future__ import annotations
@@ -20,8 +19,9 @@ from captum_rlrp.kernels import extension, reference
 from captum_rlrp.kernels.extension import ops
 from captum_rlrp.kernels.onednn import Operand
 
-_MULTIPLE = 32  # of which numbers of channels must be,
-_HALF = 8  # or of this for 1×1 and depthwise
+_LEAST = 16  # channels, or filters, of several taps; fewer leave vectors empty
+_OF_FEW = 32  # of which filters of few channels must be a multiple
+_OF_GROUP, _MOST_GROUPS = 24, 8  # channels of a group at least, and groups at most
 _FEW_CHANNELS = 4  # of the input, as of an RGB image
 _FEW_PIXELS = 4  # of 1×1, up to which laying out its filters takes longer than is gained
 _TAPS = range(3, 33)  # along one axis alone
@@ -70,9 +70,9 @@ def suits(
     """Whether it convolves the two, or their gradient, whatever the sizes of batch and image."""
     return (
         _IS_FAST
-        and groups == 1
+        and not _is_depthwise(weight, groups)  # oneDNN's is faster
         and max(dilation) == 1
-        and _has_channels(weight, groups)
+        and _has_channels(weight, groups, stride)
         and weight.numel() > 0
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -97,7 +97,7 @@ def has_law(x: Operand, weight: Tensor, window: reference.Window) -> bool:
         and not window.transposed
         and max(dilation) == 1
         and weight.numel() > 0
-        and _has_channels(weight, window.groups)
+        and _has_channels(weight, window.groups, stride)
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and len(x.shape) == weight.dim() in (3, 4)
@@ -114,7 +114,6 @@ def has_rows(x: Operand, weight: Tensor) -> bool:
     return (
         _IS_FAST
         and x.dtype == torch.float32
-        and weight.shape[0] % _HALF == weight.shape[1] % _HALF == 0
     )
 
 
@@ -127,14 +126,21 @@ def _is_of_few(weight: Tensor) -> bool:
     return weight.shape[1] <= _FEW_CHANNELS
 
 
-def _has_channels(weight: Tensor, groups: int) -> bool:
-    filters, channels = weight.shape[:2]
+def _has_channels(weight: Tensor, groups: int, stride: Sequence[int]) -> bool:
+    """Whether there are enough, or it is depthwise; and of groups few, in place of many."""
+    filters, channels, *taps = weight.shape
     if groups > 1:
-        return groups == filters and channels == 1 and filters % _HALF == 0
+        least = min(filters // groups, channels)
+        is_light = max(stride) == 1 and (max(taps) == 1 or (len(taps) == 2 and set(taps) == {3}))
+        is_large = groups <= _MOST_GROUPS and least >= _OF_GROUP
+        return _is_depthwise(weight, groups) or (is_large and is_light)
     if _is_of_few(weight):
-        return filters % _MULTIPLE == 0
-    multiple = _HALF if math.prod(weight.shape[2:]) == 1 else _MULTIPLE
-    return filters % multiple == 0 and channels % multiple == 0
+        return filters % _OF_FEW == 0
+    return _is_point(weight) or min(filters, channels) >= _LEAST
+
+
+def _is_depthwise(weight: Tensor, groups: int) -> bool:
+    return groups > 1 and weight.shape[0] == groups and weight.shape[1] == 1
 
 
 def _has_scheme(weight: Tensor, stride: Sequence[int]) -> bool:

@@ -88,59 +88,74 @@ void run(const Convolution& conv, bool transpose, const Tensor& model) {
   }
 }
 
+// One group of a convolution's channels, whose filters lie so far from the first.
+Convolution group_of(Convolution conv, int64_t groups, int64_t group, int64_t filters) {
+  conv.in.channels /= groups;
+  conv.out.channels /= groups;
+  conv.filters.count /= groups;
+  const int64_t out = group * conv.out.channels;
+  conv.x += group * conv.in.channels;
+  conv.y += out;
+  conv.filters.taps += filters;
+  for (const float** each : {&conv.filters.scale, &conv.bias, &conv.other, &conv.times, &conv.dividend}) {
+    if (*each) *each += out;
+  }
+  conv.streams &= conv.out.channels % kLine == 0;
+  return conv;
+}
+
 // What the ops share: checks, and all that follows from the image, the filters, the stride and the padding.
 struct Arguments {
   const char* op;
   bool transpose;
+  int64_t groups, filters;  // how far a group's lie from the next one's
   Convolution conv{};
   std::vector<Tensor> kept;  // what the pointers point into
 
-  // Of a transpose, the image is the gradient of the outputs, and `size` the inputs'.
+  // Of a transpose, the image is the gradient of the outputs, and `input` tells the shape of the inputs.
   Arguments(const char* op, const Tensor& image, const Tensor& weight, const std::optional<Tensor>& scale,
-            const Ints& stride, const Ints& padding, const Ints* size = nullptr)
-      : op(op), transpose(size != nullptr) {
+            const Ints& stride, const Ints& padding, const Tensor* input = nullptr)
+      : op(op), transpose(input != nullptr) {
     RLRP_CHECK(image.scalar_type() == ScalarType::Float, op, "the image must have dtype float32");
     RLRP_CHECK(image.dim() == 4 && weight.dim() == 4, op, "the image and weight must have 4 axes");
     check_like(op, "weight", weight, "the image", image, false);
-    conv.depthwise = weight.size(1) == 1 && weight.size(0) > 1 && image.size(1) == weight.size(0);
-    const bool few = conv.depthwise || (!transpose && weight.size(1) <= kFewChannels);
-    const bool point = !few && weight.size(2) == 1 && weight.size(3) == 1;
-    const int64_t multiple = point || conv.depthwise ? kHalf : kMultiple;
-    RLRP_CHECK(weight.size(0) % multiple == 0 && (few || weight.size(1) % multiple == 0), op,
-               "weight's channels must come in multiples of ", multiple, ", or be ", kFewChannels,
-               " at most on the way in");
     RLRP_CHECK(weight.numel() > 0, op, "weight must not be empty");
-    RLRP_CHECK(conv.depthwise || image.size(1) == weight.size(transpose ? 0 : 1), op,
-               "the image must have the channels that weight reads");
+    const bool point = weight.size(2) == 1 && weight.size(3) == 1;
+    const int64_t outputs = weight.size(0), channels = (input ? *input : image).size(1);
+    groups = channels / weight.size(1);
+    RLRP_CHECK(groups > 0 && channels % weight.size(1) == 0 && outputs % groups == 0, op,
+               "the image must have the channels that weight reads, or groups of them");
+    RLRP_CHECK(!transpose || image.size(1) == outputs, op, "the image must have a channel for each filter");
+    conv.depthwise = groups > 1 && groups == channels && groups == outputs;
     RLRP_CHECK(stride.size() == 2 && padding.size() == 2, op, "stride and padding must have 2 elements");
     std::copy_n(weight.sizes().begin() + 2, 2, conv.kernel);
     const auto [height, width] = conv.kernel;
     RLRP_CHECK(height <= kMostTaps && width <= kMostTaps, op, "weight must have at most ", kMostTaps,
                " taps along an axis");
-    int64_t outputs[2];
+    int64_t size[2];
     for (int i = 0; i < 2; ++i) {
       RLRP_CHECK(stride[i] >= 1 && (point || stride[i] <= conv.kernel[i]), op,
                  "stride must be from 1 to the number of taps along its axis, but for 1×1");
       RLRP_CHECK(padding[i] >= 0 && padding[i] < conv.kernel[i], op, "padding must be less than the filters");
-      const int64_t inputs = transpose ? (*size)[i] : image.size(2 + i);
+      const int64_t inputs = (input ? *input : image).size(2 + i);
       conv.stride[i] = min64(stride[i], std::max<int64_t>(inputs, conv.kernel[i]));  // no farther than the image
       conv.padding[i] = padding[i];
       const int64_t room = inputs + 2 * padding[i] - conv.kernel[i];
       RLRP_CHECK(inputs >= 0 && room >= 0, op, "the image, padded, must be as large as the filters");
-      outputs[i] = room / stride[i] + 1;
-      RLRP_CHECK(!transpose || outputs[i] == image.size(2 + i), op,
+      size[i] = room / stride[i] + 1;
+      RLRP_CHECK(!transpose || size[i] == image.size(2 + i), op,
                  "the image's size does not follow from the input's");
     }
     conv.batch = image.size(0);
     conv.in = Image::dense(image.size(1), image.size(2), image.size(3));
-    conv.out = transpose ? Image::dense(conv.depthwise ? weight.size(0) : weight.size(1), (*size)[0], (*size)[1])
-                         : Image::dense(weight.size(0), outputs[0], outputs[1]);
+    conv.out = input ? Image::dense(channels, input->size(2), input->size(3)) : Image::dense(outputs, size[0], size[1]);
     conv.x = data(image, true);
     const bool strewn = height * width == 1 && weight.stride(0) != 1 && weight.stride(1) != 1;
     const Tensor w = strewn ? kept.emplace_back(torch::stable::contiguous(weight)) : weight;
     const bool turned = transpose && !conv.depthwise;
-    conv.filters = {data_of<float>(w), w.stride(turned), w.stride(!turned), {w.stride(2), w.stride(3)},
-                    vector("scale", scale, w.size(0)), false};
+    conv.filters = {data_of<float>(w), conv.out.channels, w.stride(turned), w.stride(!turned),
+                    {w.stride(2), w.stride(3)}, vector("scale", scale, outputs), false};
+    filters = outputs / groups * w.stride(0);
   }
 
   Ints shape() const { return {conv.batch, conv.out.channels, conv.out.size[0], conv.out.size[1]}; }
@@ -166,7 +181,8 @@ struct Arguments {
   void run_into(Tensor& y) {
     if (y.numel() == 0) return;
     conv.write_to(y);
-    run(conv, transpose, y);
+    if (conv.depthwise || groups == 1) return run(conv, transpose, y);
+    for (int64_t g = 0; g < groups; ++g) run(group_of(conv, groups, g, g * filters), transpose, y);
   }
 
   // Returns what is summed on the way, for each sample.
@@ -210,9 +226,8 @@ Tensor product(const Tensor& x, const Tensor& s, const Tensor& weight, const std
                const Ints& stride, const Ints& padding) {
   const char* op = "convolution_product";
   RLRP_CHECK(x.dim() == 4, op, "x must have 4 axes");
-  const Ints size = {x.size(2), x.size(3)};
-  Arguments a(op, s, weight, std::nullopt, stride, padding, &size);
   check_like(op, "x", x, "s", s, false);
+  Arguments a(op, s, weight, std::nullopt, stride, padding, &x);
   const Ints shape = a.shape();
   RLRP_CHECK(sizes_of(x) == shape, op, "x must have the shape of the convolution's input");
   a.conv.filters.absolute = a.conv.exact = true;

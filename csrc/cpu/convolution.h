@@ -9,6 +9,7 @@
 namespace rlrp {
 namespace convolution {
 
+using simd::each_vector;
 using simd::load;
 using simd::magnitude;
 using simd::store;
@@ -19,7 +20,6 @@ constexpr int64_t kBlock = 48;  // patches at a time; a multiple of the rows bel
 constexpr int64_t kMost = 60;   // of the last block: a few more are not worth one of their own
 constexpr int64_t kPad = 16;    // keeps the planes of a buffer out of each other's cache lines
 
-constexpr int64_t kHalf = 8;    // channels that come in multiples of it end in half a vector at most
 constexpr int64_t kLine = 16;   // floats that memory hands over at a time
 constexpr int64_t kCached = 5 << 19;  // of a result that caches may still hold when it is read
 
@@ -44,15 +44,16 @@ struct Image {
 
 struct Filters {
   const float* taps;
+  int64_t count;                 // of outputs
   int64_t out, in, step[2];      // strides
   const float* scale;            // of the outputs
   bool absolute;                 // whether the absolute values of the taps are meant
 
   // The taps of some outputs, from one on, as they are multiplied by.
-  template <int kLanes>
-  RLRP_INLINE Vector<kLanes> finished(const Vector<kLanes>& taps, int64_t out) const {
+  template <int kLanes, class Some = simd::Whole<kLanes>>
+  RLRP_INLINE Vector<kLanes> finished(const Vector<kLanes>& taps, int64_t out, const Some& some = {}) const {
     const Vector<kLanes> meant = absolute ? magnitude(taps) : taps;
-    return scale ? meant * load<kLanes>(scale + out) : meant;
+    return scale ? meant * some.load(scale + out) : meant;
   }
 };
 
@@ -150,7 +151,7 @@ struct Planes {
   int64_t depth[kTerms], patches[kTerms + 1], filters[kTerms + 1], products;
 };
 
-// The taps (i, j) of an input's filters, one for each lane's output, scaled.
+// The taps (i, j) of an input's filters, one for each lane's output, scaled; 0 of outputs that there are not.
 template <int kLanes>
 struct Taps {
   const Filters& f;
@@ -164,9 +165,14 @@ struct Taps {
   }
 
   RLRP_INLINE Vector<kLanes> operator()(int64_t i, int64_t j) const {
-    float gathered[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) gathered[lane] = first[lane * f.out + i * f.step[0] + j * f.step[1]];
-    return f.finished<kLanes>(load<kLanes>(gathered), out);
+    float gathered[kLanes] = {};
+    const float* tap = first + i * f.step[0] + j * f.step[1];
+    if (out + kLanes <= f.count) {
+      for (int lane = 0; lane < kLanes; ++lane) gathered[lane] = tap[lane * f.out];
+      return f.finished<kLanes>(load<kLanes>(gathered), out);
+    }
+    for (int lane = 0; out + lane < f.count; ++lane) gathered[lane] = tap[lane * f.out];
+    return f.finished<kLanes>(load<kLanes>(gathered), out, simd::Start<kLanes>{static_cast<int>(f.count - out)});
   }
 };
 
@@ -210,32 +216,32 @@ RLRP_INLINE inline void multiply(int64_t first, int64_t last, const At& at, cons
   }
 }
 
-template <int kLanes, int kSome = kLanes>
-RLRP_INLINE inline void write(const Convolution& conv, int64_t offset, const Vector<kLanes>& y) {
-  if (kSome == kLanes && conv.streams) {
+template <int kLanes, class Some>
+RLRP_INLINE inline void write(const Convolution& conv, int64_t offset, const Vector<kLanes>& y, const Some& some) {
+  if (Some::is_whole && conv.streams) {
     simd::stream<kLanes>(conv.y + offset, y);
   } else {
-    store<kLanes, kSome>(conv.y + offset, y);
+    some.store(conv.y + offset, y);
   }
 }
 
 // What becomes of some channels of an output: offset says where they lie. Adds to the output's sum.
-template <int kLanes, int kSome = kLanes>
-RLRP_INLINE inline void put(const Convolution& conv, int64_t offset, const Vector<kLanes>& output,
+template <int kLanes, class Some>
+RLRP_INLINE inline void put(const Convolution& conv, int64_t offset, const Vector<kLanes>& output, const Some& some,
                             Vector<kLanes>& sum) {
   Vector<kLanes> y = output;
   if (conv.dividend) {
-    const Vector<kLanes> quotient = load<kLanes, kSome>(conv.dividend + offset) / y;
+    const Vector<kLanes> quotient = some.load(conv.dividend + offset) / y;
     const Vector<kLanes> infinite = y - y;  // NaN where the divisor is not finite, else 0
     y = y == 0 ? Vector<kLanes>{} : quotient;
     sum += magnitude(y) + infinite;
   } else {
-    if (conv.times) y *= load<kLanes, kSome>(conv.times + offset);
-    if (conv.other) y += load<kLanes, kSome>(conv.other + offset);
+    if (conv.times) y *= some.load(conv.times + offset);
+    if (conv.other) y += some.load(conv.other + offset);
     sum += y;
   }
   if (conv.relu) y = y < 0 ? Vector<kLanes>{} : y;
-  write<kLanes, kSome>(conv, offset, y);
+  write<kLanes>(conv, offset, y, some);
 }
 
 template <int kLanes>
@@ -254,16 +260,16 @@ RLRP_INLINE inline float finish_both(const Work& work, int64_t plane, int64_t pa
   const Place at = work.grid.place(patch);
   const int64_t start = conv.out.offset(at.n, at.h, at.w) + range.first;
   Vector<kLanes> sum{};
-  for (int64_t c = 0; c < range.count; c += kLanes) {
-    const Vector<kLanes> bias = conv.bias ? load<kLanes>(conv.bias + range.first + c) : Vector<kLanes>{};
+  each_vector<kLanes>(range.count, [&](int64_t c, const auto& some) RLRP_INLINE {
+    const Vector<kLanes> bias = conv.bias ? some.load(conv.bias + range.first + c) : Vector<kLanes>{};
     transform_both<kLanes, kReach, kSide>(
         [&](int i, int j) RLRP_INLINE { return load<kLanes>(rows + (i * kReach + j) * plane + c); }, finish_terms,
         [&](int i, int j, const Vector<kLanes>& y) RLRP_INLINE {
           if (!conv.out.has(at.h + i, at.w + j)) return;
           const int64_t offset = start + i * conv.out.step[0] + j * conv.out.step[1] + c;
-          put<kLanes>(conv, offset, y + bias, sum);
+          put<kLanes>(conv, offset, y + bias, some, sum);
         });
-  }
+  });
   return total<kLanes>(sum);
 }
 

@@ -75,13 +75,13 @@ struct Area {
       for (int t = 0; t < kTerms; ++t) {
         to[t] = result + planes.patches[t] + row * planes.depth[t] + pair.start[t % kAxisTerms];
       }
-      for (int64_t c = 0; c < conv.in.channels; c += kLanes) {
+      each_vector<kLanes>(conv.in.channels, [&](int64_t c, const auto& some) RLRP_INLINE {
         Vector<kLanes> half[b + 1][kAxisTerms];
 #pragma GCC unroll 4
         for (int j = 0; j <= b; ++j) {
           Vector<kLanes> x[a + 1];
 #pragma GCC unroll 4
-          for (int i = 0; i <= a; ++i) x[i] = load<kLanes>(pixel[i][j] + c);
+          for (int i = 0; i <= a; ++i) x[i] = some.load(pixel[i][j] + c);
           transform_inputs<a>(x, half[j]);
         }
 #pragma GCC unroll 4
@@ -93,10 +93,10 @@ struct Area {
           transform_inputs<b>(x, term);
 #pragma GCC unroll 4
           for (int j = 0; j < kAxisTerms; ++j) {
-            if (shares(b, j)) store<kLanes>(to[i * kAxisTerms + j] + c, term[j]);
+            if (shares(b, j)) some.store(to[i * kAxisTerms + j] + c, term[j]);
           }
         }
-      }
+      });
     });
   }
 

@@ -178,21 +178,14 @@ class Depthwise {
         }
         tap += conv_.kernel[1] * kLine;
       }
-      const bool is_half = channels_ - c - lane < kLanes;
       for (int p = 0; p < kCount; ++p) prefetch(to + (pixel + p) * conv_.out.step[1] + kLine);
+      each_vector<kLanes>(min64(kLanes, channels_ - c - lane), [&](int64_t, const auto& some) RLRP_INLINE {
 #pragma GCC unroll 8
-      for (int p = 0; p < kCount; ++p) {
-        const int64_t at = to + (pixel + p) * conv_.out.step[1] + lane;
-        if constexpr (kLanes > kHalf) {
-          if (is_half) {
-            if (conv_.bias) y[p] += load<kLanes, kHalf>(conv_.bias + c + lane);
-            put<kLanes, kHalf>(conv_, at, y[p], sum);
-            continue;
-          }
+        for (int p = 0; p < kCount; ++p) {
+          if (conv_.bias) y[p] += some.load(conv_.bias + c + lane);
+          put<kLanes>(conv_, to + (pixel + p) * conv_.out.step[1] + lane, y[p], some, sum);
         }
-        if (conv_.bias) y[p] += load<kLanes>(conv_.bias + c + lane);
-        put<kLanes>(conv_, at, y[p], sum);
-      }
+      });
     }
   }
 
@@ -222,24 +215,23 @@ class Depthwise {
   RLRP_INLINE void convolve(int64_t to, int64_t count, const Tap& tap, const Input& input, Vector<kLanes>& sum) const {
     int64_t c = 0;
     for (; c + kWidth * kLanes <= channels_; c += kWidth * kLanes) {
-      convolve_some<kLanes, kCount, kWidth, kLanes>(to, c, count, tap, input, sum);
+      convolve_some<kLanes, kCount, kWidth>(to, c, count, tap, input, simd::Whole<kLanes>{}, sum);
     }
-    for (; c + kLanes <= channels_; c += kLanes) convolve_some<kLanes, kCount, 1, kLanes>(to, c, count, tap, input, sum);
-    if constexpr (kLanes > kHalf) {
-      if (c < channels_) convolve_some<kLanes, kCount, 1, kHalf>(to, c, count, tap, input, sum);
-    }
+    each_vector<kLanes>(channels_ - c, [&](int64_t more, const auto& some) RLRP_INLINE {
+      convolve_some<kLanes, kCount, 1>(to, c + more, count, tap, input, some, sum);
+    });
   }
 
-  template <int kLanes, int kCount, int kWidth, int kSome, class Tap, class Input>
+  template <int kLanes, int kCount, int kWidth, class Tap, class Input, class Some>
   RLRP_INLINE void convolve_some(int64_t to, int64_t c, int64_t count, const Tap& tap, const Input& input,
-                                 Vector<kLanes>& sum) const {
+                                 const Some& some, Vector<kLanes>& sum) const {
     Vector<kLanes> y[kCount][kWidth] = {};
     for (int64_t k = 0; k < count; ++k) {
 #pragma GCC unroll 4
       for (int j = 0; j < kWidth; ++j) {
-        const Vector<kLanes> factor = load<kLanes, kSome>(tap(k) + c + j * kLanes);
+        const Vector<kLanes> factor = some.load(tap(k) + c + j * kLanes);
 #pragma GCC unroll 4
-        for (int p = 0; p < kCount; ++p) y[p][j] += load<kLanes, kSome>(input(p, k) + c + j * kLanes) * factor;
+        for (int p = 0; p < kCount; ++p) y[p][j] += some.load(input(p, k) + c + j * kLanes) * factor;
       }
     }
 #pragma GCC unroll 4
@@ -247,8 +239,8 @@ class Depthwise {
 #pragma GCC unroll 4
       for (int j = 0; j < kWidth; ++j) {
         const int64_t channel = c + j * kLanes;
-        if (conv_.bias) y[p][j] += load<kLanes, kSome>(conv_.bias + channel);
-        put<kLanes, kSome>(conv_, to + p * conv_.out.step[1] + channel, y[p][j], sum);
+        if (conv_.bias) y[p][j] += some.load(conv_.bias + channel);
+        put<kLanes>(conv_, to + p * conv_.out.step[1] + channel, y[p][j], some, sum);
       }
     }
   }

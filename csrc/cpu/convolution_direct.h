@@ -25,12 +25,14 @@ struct Direct {
   RLRP_INLINE void transform_filters(const Convolution& conv, const Planes<kTerms>& planes, const Range& range,
                                      int64_t first, int64_t last, float* result) const {
     const Filters& f = conv.filters;
-    for (int64_t k = first; k < last; k += kPanel<kLanes>) {
+    last = min64(last, range.count);
+    for (int64_t k = first, columns = 0; k < last; k += columns * kLanes) {
+      columns = k + kPanel<kLanes> <= last ? kColumns : 1;  // what is left of a panel, a vector at a time
       float* to = result + k * planes.depth[0];
       for (int64_t i = 0; i < conv.kernel[0]; ++i) {
         for (int64_t j = 0; j < conv.kernel[1]; ++j) {
           for (int64_t c = 0; c < conv.in.channels; ++c) {
-            for (int column = 0; column < kColumns; ++column, to += kLanes) {
+            for (int64_t column = 0; column < columns; ++column, to += kLanes) {
               store<kLanes>(to, Taps<kLanes>(f, range.first + k + column * kLanes, c)(i, j));
             }
           }
@@ -39,8 +41,9 @@ struct Direct {
     }
   }
 
-  // Whether all inputs that an output meets are of the image.
+  // Whether all inputs that an output meets are of the image, and lie side by side.
   bool is_inside(const Convolution& conv, const Place& at) const {
+    if (conv.in.step[1] != conv.in.channels) return false;  // one group of the channels
     const int64_t h = at.h * conv.stride[0] - conv.padding[0], w = at.w * conv.stride[1] - conv.padding[1];
     return conv.in.has(h, w) && conv.in.has(h + conv.kernel[0] - 1, w + conv.kernel[1] - 1);
   }

@@ -43,17 +43,17 @@ struct Divisor : Square {
                                    float* result) const {
     const Patch pixels(work.conv, work.grid.place(patch), work.zeros);
     const int64_t depth = work.conv.in.channels;
-    for (int64_t c = 0; c < depth; c += kLanes) {
+    each_vector<kLanes>(depth, [&](int64_t c, const auto& some) RLRP_INLINE {
       float* to = result + row * depth + c;
       Vector<kLanes> largest{};
       const auto seen = [&](int i, int j) RLRP_INLINE {
-        const Vector<kLanes> x = load<kLanes>(pixels.at[i][j] + c);
+        const Vector<kLanes> x = some.load(pixels.at[i][j] + c);
         largest = x > largest ? x : largest;
         return x;
       };
-      transform_pixels<kLanes>(seen, planes, to);
-      store<kLanes>(to + planes.patches[kBound], largest);
-    }
+      transform_pixels<kLanes>(seen, planes, to, some);
+      some.store(to + planes.patches[kBound], largest);
+    });
   }
 
   // The quotients; those of divisors that cannot be trusted are 0 for now.
@@ -63,16 +63,18 @@ struct Divisor : Square {
     const Convolution& conv = work.conv;
     Vector<kLanes> sum{}, missed{};
     each_divisor<kLanes>(work, planes, patch, rows,
-                         [&](int, int64_t offset, const Vector<kLanes>& d, const Trust<kLanes>& trust) RLRP_INLINE {
-                           const Vector<kLanes> quotient = load<kLanes>(conv.dividend + offset) / d;
+                         [&](int, int64_t offset, const Vector<kLanes>& d, const Trust<kLanes>& trust,
+                             const auto& some) RLRP_INLINE {
+                           const Vector<kLanes> quotient = some.load(conv.dividend + offset) / d;
                            const Vector<kLanes> s = d >= trust.least ? quotient : Vector<kLanes>{};
                            sum += magnitude(s);
                            missed += trust.missed(d);
-                           write<kLanes>(conv, offset, s);
+                           write<kLanes>(conv, offset, s, some);
                          });
     if (any<kLanes>(missed)) {
       each_divisor<kLanes>(work, planes, patch, rows,
-                           [&](int output, int64_t, const Vector<kLanes>& d, const Trust<kLanes>& trust) RLRP_INLINE {
+                           [&](int output, int64_t, const Vector<kLanes>& d, const Trust<kLanes>& trust,
+                               const auto&) RLRP_INLINE {
                              work.failed[patch] |= any<kLanes>(trust.missed(d)) << output;
                            });
     }
@@ -109,16 +111,16 @@ struct Divisor : Square {
     const Convolution& conv = work.conv;
     const Place at = work.grid.place(patch);
     const int64_t start = conv.out.offset(at.n, at.h, at.w) + work.range.first;
-    for (int64_t c = 0; c < work.range.count; c += kLanes) {
+    each_vector<kLanes>(work.range.count, [&](int64_t c, const auto& some) RLRP_INLINE {
       const Trust<kLanes> trust(load<kLanes>(rows + kBound * planes.products + c));
       transform_both<kLanes, kReach, kSide>(
           [&](int i, int j) RLRP_INLINE { return load<kLanes>(rows + (i * kReach + j) * planes.products + c); },
           [](const auto& m, auto& y) RLRP_INLINE { finish_terms(m, y); },
           [&](int i, int j, const Vector<kLanes>& d) RLRP_INLINE {
             if (!conv.out.has(at.h + i, at.w + j)) return;
-            f(i * kSide + j, start + i * conv.out.step[0] + j * conv.out.step[1] + c, d, trust);
+            f(i * kSide + j, start + i * conv.out.step[0] + j * conv.out.step[1] + c, d, trust, some);
           });
-    }
+    });
   }
 };
 
@@ -139,7 +141,9 @@ struct Transpose : Square {
     for (int k = 0; k < kInputs; ++k) {
       Vector<kLanes> sum{};
       const float* pixel = pixels.at[k / kReach][k % kReach];
-      for (int64_t c = 0; c < work.conv.in.channels; c += kLanes) sum += magnitude(load<kLanes>(pixel + c));
+      each_vector<kLanes>(work.conv.in.channels, [&](int64_t c, const auto& some) RLRP_INLINE {
+        sum += magnitude(some.load(pixel + c));
+      });
       inputs[patch * kInputs + k] = total<kLanes>(sum);
     }
   }

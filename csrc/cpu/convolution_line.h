@@ -68,14 +68,14 @@ struct Line {
           const int64_t tap = group.first + i * along.stride;
           pixel[i] = axis ? conv.pixel(at, 0, tap, zeros) : conv.pixel(at, tap, 0, zeros);
         }
-        for (int64_t c = 0; c < conv.in.channels; c += kLanes) {
+        each_vector<kLanes>(conv.in.channels, [&](int64_t c, const auto& some) RLRP_INLINE {
           Vector<kLanes> x[count + 1], term[kTerms];
-          for (int i = 0; i <= count; ++i) x[i] = load<kLanes>(pixel[i] + c);
+          for (int i = 0; i <= count; ++i) x[i] = some.load(pixel[i] + c);
           transform_inputs<count>(x, term);
           for (int t = 0; t < kTerms; ++t) {
-            if (shares(count, t)) store<kLanes>(to[t] + c, term[t]);
+            if (shares(count, t)) some.store(to[t] + c, term[t]);
           }
-        }
+        });
       });
       for (float*& term : to) term += conv.in.channels;
     }
@@ -91,14 +91,14 @@ struct Line {
     const int64_t start = conv.out.offset(at.n, at.h, at.w) + range.first, next = conv.out.step[axis];
     const bool has_next = (axis ? at.w : at.h) + 1 < conv.out.size[axis];
     Vector<kLanes> sum{};
-    for (int64_t c = 0; c < range.count; c += kLanes) {
+    each_vector<kLanes>(range.count, [&](int64_t c, const auto& some) RLRP_INLINE {
       Vector<kLanes> term[kTerms], y[2];
       for (int t = 0; t < kTerms; ++t) term[t] = load<kLanes>(rows + t * planes.products + c);
       finish_terms(term, y);
-      const Vector<kLanes> bias = conv.bias ? load<kLanes>(conv.bias + range.first + c) : Vector<kLanes>{};
-      put<kLanes>(conv, start + c, y[0] + bias, sum);
-      if (has_next) put<kLanes>(conv, start + next + c, y[1] + bias, sum);
-    }
+      const Vector<kLanes> bias = conv.bias ? some.load(conv.bias + range.first + c) : Vector<kLanes>{};
+      put<kLanes>(conv, start + c, y[0] + bias, some, sum);
+      if (has_next) put<kLanes>(conv, start + next + c, y[1] + bias, some, sum);
+    });
     return total<kLanes>(sum);
   }
 };

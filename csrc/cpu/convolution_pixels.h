@@ -43,26 +43,26 @@ RLRP_INLINE inline void prefetch_pixels(const Convolution& conv, const Pixels<kL
   }
 }
 
-// Writes so many vectors of their outputs, kSome of the last.
-template <int kLanes, int kCount, int kWidth, int kSome>
+// Writes so many vectors of their outputs, or some of one.
+template <int kLanes, int kCount, int kWidth, class Some>
 RLRP_INLINE inline void put_pixels(const Convolution& conv, Pixels<kLanes>& pixels, int64_t first, int64_t channel,
-                                   Vector<kLanes> (&sum)[kCount][kWidth]) {
+                                   const Some& some, Vector<kLanes> (&sum)[kCount][kWidth]) {
 #pragma GCC unroll 12
   for (int r = 0; r < kCount; ++r) {
     Vector<kLanes> total = pixels.sum[first + r];
 #pragma GCC unroll 4
     for (int j = 0; j < kWidth; ++j) {
       const int64_t c = channel + j * kLanes;
-      if (conv.bias) sum[r][j] += load<kLanes, kSome>(conv.bias + c);
-      put<kLanes, kSome>(conv, pixels.to[first + r] + c, sum[r][j], total);
+      if (conv.bias) sum[r][j] += some.load(conv.bias + c);
+      put<kLanes>(conv, pixels.to[first + r] + c, sum[r][j], some, total);
     }
     pixels.sum[first + r] = total;
   }
 }
 
-template <int kLanes, int kCount, int kWidth, int kSome>
+template <int kLanes, int kCount, int kWidth, class Some>
 RLRP_INLINE inline void multiply_pixels(const Convolution& conv, Pixels<kLanes>& pixels, int64_t first,
-                                        const Runs& runs, const float* panel, int64_t channel) {
+                                        const Runs& runs, const float* panel, int64_t channel, const Some& some) {
   const float* row[kCount];
   for (int r = 0; r < kCount; ++r) row[r] = pixels.from[first + r];
   prefetch_pixels<kLanes, kCount, kWidth>(conv, pixels, first, channel);
@@ -80,14 +80,14 @@ RLRP_INLINE inline void multiply_pixels(const Convolution& conv, Pixels<kLanes>&
     multiply<kLanes, kCount>(0, runs.depth, at, panel, sum);
     for (int r = 0; r < kCount; ++r) row[r] += pixels.step[first + r];
   }
-  put_pixels<kLanes, kCount, kWidth, kSome>(conv, pixels, first, channel, sum);
+  put_pixels<kLanes, kCount, kWidth>(conv, pixels, first, channel, some, sum);
 }
 
 // The same of a group; a panel holds as many vectors as kPanels says, and the next begins so far behind it.
-template <int kLanes, int kWidth, int kSome>
+template <int kLanes, int kWidth, class Some>
 RLRP_INLINE inline void multiply_group(const Convolution& conv, Pixels<kLanes>& pixels, int64_t first,
                                        const Group& group, int64_t step, const float* panel, int64_t next,
-                                       int64_t channel) {
+                                       int64_t channel, const Some& some) {
   constexpr int kOfPanel = kWidth < kColumns ? kWidth : kColumns;
   prefetch_pixels<kLanes, kGroup, kWidth>(conv, pixels, first, channel);
   Vector<kLanes> sum[kGroup][kWidth] = {};
@@ -103,27 +103,26 @@ RLRP_INLINE inline void multiply_group(const Convolution& conv, Pixels<kLanes>& 
       for (int j = 0; j < kWidth; ++j) sum[r][j] += rows[r * step + k] * factor[j];
     }
   }
-  put_pixels<kLanes, kGroup, kWidth, kSome>(conv, pixels, first, channel, sum);
+  put_pixels<kLanes, kGroup, kWidth>(conv, pixels, first, channel, some, sum);
 }
 
-// Some of the outputs of a block of pixels, from one on, and from a channel on: kSome if that is less than a vector,
-// else kWidth vectors.
-template <int kLanes, int kWidth, int kSome = kLanes>
+// So many vectors of the outputs of a block of pixels, from one on, and from a channel on; or some of one.
+template <int kLanes, int kWidth, class Some = simd::Whole<kLanes>>
 RLRP_INLINE inline void multiply_panel(const Work& work, Pixels<kLanes>& pixels, int64_t first, int64_t last, Runs runs,
-                                       int64_t channel) {
+                                       int64_t channel, const Some& some = {}) {
   const Convolution& conv = work.conv;
   constexpr int kMany = kRows<kLanes>, kFew = kFewRows<kLanes>;
   const float* panel = work.filters + channel * runs.count * runs.depth;
   channel += work.range.first;
   int64_t k = first;
   for (; k + kMany <= last; k += kMany) {
-    multiply_pixels<kLanes, kMany, kWidth, kSome>(conv, pixels, k, runs, panel, channel);
+    multiply_pixels<kLanes, kMany, kWidth>(conv, pixels, k, runs, panel, channel, some);
   }
   runs.ahead = 0;
   for (; k + kFew <= last; k += kFew) {
-    multiply_pixels<kLanes, kFew, kWidth, kSome>(conv, pixels, k, runs, panel, channel);
+    multiply_pixels<kLanes, kFew, kWidth>(conv, pixels, k, runs, panel, channel, some);
   }
-  for (; k < last; ++k) multiply_pixels<kLanes, 1, kWidth, kSome>(conv, pixels, k, runs, panel, channel);
+  for (; k < last; ++k) multiply_pixels<kLanes, 1, kWidth>(conv, pixels, k, runs, panel, channel, some);
 }
 
 // All outputs of some pixels of a block, as they are.
@@ -137,20 +136,19 @@ RLRP_INLINE inline void multiply_whole(const Work& work, Pixels<kLanes>& pixels,
     runs.ahead = 0;
   }
   for (; c + kLanes <= channels; c += kLanes) multiply_panel<kLanes, 1>(work, pixels, first, last, runs, c);
-  if constexpr (kLanes > kHalf) {
-    if (c < channels) multiply_panel<kLanes, 1, kHalf>(work, pixels, first, last, runs, c);
-  }
+  const simd::Start<kLanes> rest{static_cast<int>(channels - c)};
+  if (c < channels) multiply_panel<kLanes, 1>(work, pixels, first, last, runs, c, rest);
 }
 
 // So many vectors of the outputs of groups, likewise.
-template <int kLanes, int kWidth, int kSome = kLanes>
+template <int kLanes, int kWidth, class Some = simd::Whole<kLanes>>
 RLRP_INLINE inline void multiply_groups(const Work& work, Pixels<kLanes>& pixels, int64_t count, const Packed& packed,
-                                        int64_t depth, int64_t channel) {
+                                        int64_t depth, int64_t channel, const Some& some = {}) {
   const float* panel = work.filters + channel * depth;
   for (int64_t g = 0; g < count; ++g) {
     simd::run_apart<kLanes>([&]() RLRP_INLINE {
-      multiply_group<kLanes, kWidth, kSome>(work.conv, pixels, g * kGroup, packed[g], packed.step, panel,
-                                            kPanel<kLanes> * depth, work.range.first + channel);
+      multiply_group<kLanes, kWidth>(work.conv, pixels, g * kGroup, packed[g], packed.step, panel,
+                                     kPanel<kLanes> * depth, work.range.first + channel, some);
     });
   }
 }
@@ -176,9 +174,8 @@ RLRP_INLINE inline int64_t multiply_packed(const Work& work, Pixels<kLanes>& pix
     multiply_groups<kLanes, kColumns>(work, pixels, groups, packed, depth, c);
   }
   for (; c + kLanes <= channels; c += kLanes) multiply_groups<kLanes, 1>(work, pixels, groups, packed, depth, c);
-  if constexpr (kLanes > kHalf) {
-    if (c < channels) multiply_groups<kLanes, 1, kHalf>(work, pixels, groups, packed, depth, c);
-  }
+  const simd::Start<kLanes> rest{static_cast<int>(channels - c)};
+  if (c < channels) multiply_groups<kLanes, 1>(work, pixels, groups, packed, depth, c, rest);
   return groups * kGroup;
 }
 

@@ -23,6 +23,7 @@ struct Point {
                                      int64_t first, int64_t last, float* result) const {
     const int64_t in = conv.in.channels;
     const Filters& f = conv.filters;
+    last = min64(last, range.count);
     int64_t k = first;
     for (; k + kPanel<kLanes> <= last; k += kPanel<kLanes>) {
       float* panel = result + k * in;

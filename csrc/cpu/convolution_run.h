@@ -16,7 +16,9 @@ namespace convolution {
 constexpr int64_t kLeast = 8;          // patches that are worth a task of their own
 constexpr int64_t kFilters = 1 << 20;  // elements of the filters that are transformed at a time
 constexpr int64_t kDepth = 128;        // summed at a time: it rounds less, and a panel of it stays near
-constexpr int64_t kMultiple = 32;      // channels come in multiples of it, but of 1×1
+constexpr int64_t kMultiple = 32;      // filters that are transformed at a time, a few of which there may not be
+
+inline int64_t padded(int64_t filters) { return ceil_div(filters, kMultiple) * kMultiple; }
 
 // Some rows of a matrix product over some of the depth, which is added to what was found before.
 template <int kLanes, int kCount>
@@ -43,9 +45,9 @@ Planes<Scheme::kTerms> planes_of(const Convolution& conv, const Scheme& scheme, 
     const int64_t depth = scheme.depth(term) * conv.in.channels;
     planes.depth[term] = depth;
     planes.patches[term + 1] = planes.patches[term] + patches * (depth + Scheme::kGap) + kPad;
-    planes.filters[term + 1] = planes.filters[term] + filters * depth + kPad;
+    planes.filters[term + 1] = planes.filters[term] + padded(filters) * depth + kPad;
   }
-  planes.products = Scheme::memory(filters, planes.depth[0]) + kPad;
+  planes.products = Scheme::memory(padded(filters), planes.depth[0]) + kPad;
   return planes;
 }
 
@@ -69,7 +71,7 @@ template <int kLanes, class Scheme>
 RLRP_INLINE inline void finish(const Work& work, const Scheme& scheme, const Planes<Scheme::kTerms>& planes,
                                int64_t first, int64_t last, int64_t row, const float* patches, float* products) {
   constexpr int kMany = kRows<kLanes>, kFew = kFewRows<kLanes>;
-  const int64_t out = work.range.count, count = last - first, rows = ceil_div(count, kFew) * kFew;
+  const int64_t out = padded(work.range.count), count = last - first, rows = ceil_div(count, kFew) * kFew;
   for (int term = 0; term < Scheme::kTerms; ++term) {
     const int64_t depth = planes.depth[term];
     const float* from = patches + planes.patches[term] + row * depth;
@@ -142,7 +144,7 @@ void run_by_patches(const Convolution& conv, const Scheme& scheme, const Grid& g
   constexpr int kTerms = Scheme::kTerms;
   const int64_t out = conv.out.channels, count = grid.count(conv.batch);
   const int64_t threads = torch::stable::get_num_threads(), tasks = min64(threads, ceil_div(count, kLeast));
-  const int64_t cached = kFilters / planes_of(conv, scheme, 0, 1).filters[kTerms] / kMultiple;
+  const int64_t cached = kFilters / planes_of(conv, scheme, 0, kMultiple).filters[kTerms];
   const int64_t most = min64(std::max<int64_t>(cached, 1), ceil_div(out, kMultiple)) * kMultiple;
   const Planes<kTerms> largest = planes_of(conv, scheme, kMost, most);
   const int64_t each = largest.patches[kTerms] + kTerms * largest.products;
@@ -155,8 +157,7 @@ void run_by_patches(const Convolution& conv, const Scheme& scheme, const Grid& g
     const Planes<kTerms> planes = planes_of(conv, scheme, kMost, range.count);
     const int64_t parts = ceil_div(range.count, kMultiple);
     run_tasks(threads, parts, [&](auto lanes, int64_t, int64_t first, int64_t last) RLRP_INLINE {
-      scheme.template transform_filters<lanes>(conv, planes, range, first * kMultiple,
-                                               min64(last * kMultiple, range.count), filters);
+      scheme.template transform_filters<lanes>(conv, planes, range, first * kMultiple, last * kMultiple, filters);
     });
     const Work work{conv, grid, range, filters, zeros, sums.data(), failed ? failed->data() : nullptr};
     run_tasks(tasks, count, [&](auto lanes, int64_t task, int64_t start, int64_t end) RLRP_INLINE {
@@ -174,11 +175,11 @@ template <class Scheme>
 void run_by_filters(const Convolution& conv, const Scheme& scheme, const Grid& grid, const float* zeros,
                     const Tensor& model, std::vector<uint16_t>* failed = nullptr) {
   constexpr int kTerms = Scheme::kTerms;
-  constexpr int64_t kGroup = kFewRows<16>;  // patches; of fewer lanes a multiple of their kFewRows
-  const int64_t count = grid.count(conv.batch), groups = ceil_div(count, kGroup);
-  const int64_t threads = torch::stable::get_num_threads(), parts = conv.out.channels / kMultiple;
+  constexpr int64_t kStep = kFewRows<16>;  // patches; of fewer lanes a multiple of their kFewRows
+  const int64_t count = grid.count(conv.batch), groups = ceil_div(count, kStep);
+  const int64_t threads = torch::stable::get_num_threads(), parts = ceil_div(conv.out.channels, kMultiple);
   const int64_t shares = min64(ceil_div(threads, parts), groups);  // of the patches, by each part
-  const Planes<kTerms> planes = planes_of(conv, scheme, groups * kGroup, kMultiple);
+  const Planes<kTerms> planes = planes_of(conv, scheme, groups * kStep, kMultiple);
   const int64_t each = planes.filters[kTerms] + kTerms * planes.products;
   Tensor memory = workspace(model, planes.patches[kTerms] + min64(threads, parts * shares) * each);
   float *patches = result_of<float>(memory), *buffers = patches + planes.patches[kTerms];
@@ -186,21 +187,21 @@ void run_by_filters(const Convolution& conv, const Scheme& scheme, const Grid& g
   std::vector<uint16_t> marks(failed ? parts * count : 0, 0);
   const Work all{conv, grid, {}, nullptr, zeros, nullptr, nullptr};
   run_tasks(threads, groups, [&](auto lanes, int64_t, int64_t start, int64_t end) RLRP_INLINE {
-    const int64_t first = start * kGroup;
-    transform<lanes>(all, scheme, planes, first, min64(end * kGroup, count), first, patches);
+    const int64_t first = start * kStep;
+    transform<lanes>(all, scheme, planes, first, min64(end * kStep, count), first, patches);
   });
   run_tasks(threads, parts * shares, [&](auto lanes, int64_t task, int64_t start, int64_t end) RLRP_INLINE {
     float *filters = buffers + task * each, *products = filters + planes.filters[kTerms];
     for (int64_t k = start; k < end; ++k) {
       const int64_t part = k / shares, share = k % shares;
-      const Range range{part * kMultiple, kMultiple};
+      const Range range{part * kMultiple, min64(kMultiple, conv.out.channels - part * kMultiple)};
       if (k == start || share == 0) {
         scheme.template transform_filters<lanes>(conv, planes, range, 0, kMultiple, filters);
       }
       const Work work{conv, grid, range, filters, zeros, sums.data() + (conv.sums ? part * count : 0),
                       marks.data() + (failed ? part * count : 0)};
-      const int64_t stop = min64(groups * (share + 1) / shares * kGroup, count);
-      for (int64_t first = groups * share / shares * kGroup, last = 0; first < stop; first = last) {
+      const int64_t stop = min64(groups * (share + 1) / shares * kStep, count);
+      for (int64_t first = groups * share / shares * kStep, last = 0; first < stop; first = last) {
         last = block_end(first, stop);
         finish<lanes>(work, scheme, planes, first, last, first, patches, products);
       }

@@ -42,10 +42,10 @@ struct Square {
                                    float* result) const {
     const Patch pixels(work.conv, work.grid.place(patch), work.zeros);
     const int64_t depth = work.conv.in.channels;
-    for (int64_t c = 0; c < depth; c += kLanes) {
-      transform_pixels<kLanes>([&](int i, int j) RLRP_INLINE { return load<kLanes>(pixels.at[i][j] + c); }, planes,
-                               result + row * depth + c);
-    }
+    each_vector<kLanes>(depth, [&](int64_t c, const auto& some) RLRP_INLINE {
+      transform_pixels<kLanes>([&](int i, int j) RLRP_INLINE { return some.load(pixels.at[i][j] + c); }, planes,
+                               result + row * depth + c, some);
+    });
   }
 
   template <int kLanes>
@@ -90,12 +90,12 @@ struct Square {
         });
   }
 
-  template <int kLanes, int kPlanes, class At>
-  RLRP_INLINE static void transform_pixels(const At& at, const Planes<kPlanes>& planes, float* to) {
+  template <int kLanes, int kPlanes, class At, class Some>
+  RLRP_INLINE static void transform_pixels(const At& at, const Planes<kPlanes>& planes, float* to, const Some& some) {
     transform_both<kLanes, kReach, kReach>(
         at, [](const auto& x, auto& term) RLRP_INLINE { transform_inputs(x, term); },
         [&](int i, int j, const Vector<kLanes>& term) RLRP_INLINE {
-          store<kLanes>(to + planes.patches[i * kReach + j], term);
+          some.store(to + planes.patches[i * kReach + j], term);
         });
   }
 

@@ -59,7 +59,7 @@ void run_by_products(const Tensor& x, const Tensor& weight, const Tensor& r, Ten
 
   convolution::Convolution divide = conv;
   divide.x = data_of<float>(x);
-  divide.filters = {taps, step[0], step[1], {0, 0}, nullptr, true};
+  divide.filters = {taps, out, step[0], step[1], {0, 0}, nullptr, true};
   divide.absolute = true;
   divide.dividend = data_of<float>(r);
   divide.sums = &sum;
@@ -69,7 +69,7 @@ void run_by_products(const Tensor& x, const Tensor& weight, const Tensor& r, Ten
   convolution::Convolution back = conv;
   std::swap(back.in, back.out);
   back.x = data_of<float>(s);
-  back.filters = {taps, step[1], step[0], {0, 0}, nullptr, false};
+  back.filters = {taps, in, step[1], step[0], {0, 0}, nullptr, false};
   back.times = data_of<float>(x);
   back.write_to(q);
   convolution::run_point(back, x);
@@ -88,9 +88,7 @@ std::tuple<Tensor, Tensor> linear_law(const Tensor& x, const Tensor& weight, con
   RLRP_CHECK(sizes_of(r) == shape, op, "r must have the shape of the outputs");
   const Tensor xs = dense(x, false), rs = dense(r, false);
   Tensor q = new_image(x, sizes_of(x), false), seen = new_vector(x, 1, sum_type(x.scalar_type()));
-  const bool is_point = x.scalar_type() == ScalarType::Float && weight.size(0) % convolution::kHalf == 0 &&
-                        weight.size(1) % convolution::kHalf == 0;
-  if (is_point && x.numel() * weight.size(0) > kFew) {
+  if (x.scalar_type() == ScalarType::Float && x.numel() * weight.size(0) > kFew) {
     const bool has_lines = weight.stride(0) == 1 || weight.stride(1) == 1;
     run_by_products(xs, has_lines ? weight : torch::stable::contiguous(weight), rs, q, seen);
   } else {

@@ -109,25 +109,64 @@ using Vector = typename Lanes<kLanes>::Vector;
 template <int kLanes>
 using Integers = typename Lanes<kLanes>::Integers;
 
-// The first few lanes, or all; the others are 0.
-template <int kLanes, int kSome = kLanes>
+template <int kLanes>
 RLRP_INLINE inline Vector<kLanes> load(const float* from) {
-  if constexpr (kSome == kLanes) {
-    return *reinterpret_cast<const typename Lanes<kLanes>::Unaligned*>(from);
-  } else {
-    Vector<kLanes> value{};
-    memcpy(&value, from, kSome * sizeof(float));
-    return value;
-  }
+  return *reinterpret_cast<const typename Lanes<kLanes>::Unaligned*>(from);
 }
 
-template <int kLanes, int kSome = kLanes>
+template <int kLanes>
 RLRP_INLINE inline void store(float* to, Vector<kLanes> value) {
-  if constexpr (kSome == kLanes) {
-    *reinterpret_cast<typename Lanes<kLanes>::Unaligned*>(to) = value;
-  } else {
-    memcpy(to, &value, kSome * sizeof(float));
+  *reinterpret_cast<typename Lanes<kLanes>::Unaligned*>(to) = value;
+}
+
+// A whole vector in memory.
+template <int kLanes>
+struct Whole {
+  static constexpr bool is_whole = true;
+
+  RLRP_INLINE Vector<kLanes> load(const float* from) const { return simd::load<kLanes>(from); }
+  RLRP_INLINE void store(float* to, const Vector<kLanes>& value) const { simd::store<kLanes>(to, value); }
+};
+
+// The first few lanes of one; the others are 0, and their memory is not touched.
+template <int kLanes>
+struct Start {
+  static constexpr bool is_whole = false;
+
+  int count;
+
+  RLRP_INLINE Vector<kLanes> load(const float* from) const {
+    Vector<kLanes> value{};
+#if defined(__x86_64__) && !defined(__clang_analyzer__)
+    if constexpr (kLanes == 16) {
+      asm("vmovups %1, %0%{%2%}%{z%}" : "=v"(value) : "m"(*reinterpret_cast<const float(*)[16]>(from)), "Yk"(mask()));
+      return value;
+    }
+#endif
+    for (int lane = 0; lane < count; ++lane) value[lane] = from[lane];
+    return value;
   }
+
+  RLRP_INLINE void store(float* to, const Vector<kLanes>& value) const {
+#if defined(__x86_64__) && !defined(__clang_analyzer__)
+    if constexpr (kLanes == 16) {
+      asm("vmovups %1, %0%{%2%}" : "+m"(*reinterpret_cast<float(*)[16]>(to)) : "v"(value), "Yk"(mask()));
+      return;
+    }
+#endif
+    for (int lane = 0; lane < count; ++lane) to[lane] = value[lane];
+  }
+
+ private:
+  RLRP_INLINE uint16_t mask() const { return (1 << count) - 1; }
+};
+
+// Calls f with where each vector of so many numbers begins, and how much of it there is.
+template <int kLanes, class F>
+RLRP_INLINE inline void each_vector(int64_t count, const F& f) {
+  int64_t c = 0;
+  for (; c + kLanes <= count; c += kLanes) f(c, Whole<kLanes>{});
+  if (c < count) f(c, Start<kLanes>{static_cast<int>(count - c)});
 }
 
 #if defined(__x86_64__) && !defined(__clang_analyzer__)

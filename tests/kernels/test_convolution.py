@@ -72,6 +72,20 @@ CASES = [
     (1, 72, 2056, (2, 7), (1, 1), (1, 1), (0, 0)),  # filters in several goes, either way
     (2, 40, 56, (168, 160), (1, 1), (1, 1), (0, 0)),  # results past the caches
     (2, 24, 88, (30,), (1,), (1,), (0,)),
+    # Channels that leave a vector unfilled.
+    (2, 18, 36, (9, 10), SQUARE, (1, 1), (1, 1)),
+    (1, 76, 50, (17, 14), SQUARE, (1, 1), (1, 1)),
+    (2, 152, 152, (6, 7), SQUARE, (1, 1), (1, 1)),  # fewer patches than filters
+    (1, 1030, 67, (36, 34), SQUARE, (1, 1), (1, 1)),  # filters in several goes
+    (2, 20, 33, (10, 9), SQUARE, (2, 2), (1, 1)),
+    (1, 45, 31, (8, 11), (5, 4), (1, 2), (2, 1)),
+    (2, 19, 70, (3, 40), (1, 7), (1, 2), (0, 3)),
+    (2, 17, 100, (9, 7), (1, 1), (1, 1), (0, 0)),
+    (1, 300, 3, (5, 11), (1, 1), (1, 1), (0, 0)),
+    (2, 6, 39, (9, 8), (1, 1), (2, 2), (0, 0)),
+    (3, 2, 5, (6, 6), SQUARE, (1, 1), (1, 1)),
+    (1, 70, 30, (208, 200), SQUARE, (1, 1), (1, 1)),  # results past the caches
+    (2, 21, 22, (31,), (5,), (1,), (2,)),
     (2, 32, 32, (30,), (7,), (1,), (3,)),  # signals
     (2, 32, 64, (31,), (6,), (2,), (2,)),
     (1, 64, 32, (3,), (3,), (2,), (0,)),
@@ -86,6 +100,7 @@ FROM_FEW = [
     (2, 3, 64, (230, 220), SQUARE, (1, 1), (1, 1)),  # results past the caches
     (0, 3, 32, (9, 9), SQUARE, (1, 1), (1, 1)),
     (2, 3, 64, (9, 8), (1, 1), (1, 1), (0, 0)),
+    (2, 3, 23, (19, 18), (7, 7), (2, 2), (3, 3)),
     (1, 3, 512, (64, 64), (32, 32), (32, 32), (0, 0)),  # filters in several goes
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -221,6 +236,9 @@ DEPTHWISE = [
     (32, (160, 150), SQUARE, (1, 1), (1, 1)),  # results past the caches
     (16, (5, 30), (4, 2), (4, 2), (0, 0)),  # inputs that nothing reads
     (56, (31,), (7,), (2,), (3,)),
+    (19, (12, 9), SQUARE, (1, 1), (1, 1)),  # a vector that is not filled
+    (45, (40, 37), (7, 7), (1, 1), (3, 3)),
+    (3, (9, 9), (5, 5), (2, 2), (2, 2)),
     (72, (40, 37), (7, 7), (1, 1), (3, 3)),  # many taps: tiles of the image,
     (24, (9, 150), (4, 7), (1, 1), (1, 6)),  # several along
     (16, (90, 60), (7, 7), (1, 1), (0, 0)),  # and down
@@ -256,6 +274,53 @@ def test_the_law_depthwise(case, layout):
     assert ((q - exact(x) * g).abs() <= 5e-5 * exact(x) * bound).all()
     both = exact(convolution.product(x, s, filters, other))
     agree((both - q).float(), exact(other), torch.float32, scale=4)
+
+
+# groups, batch, channels, filters, size, taps, stride, padding
+GROUPED = [
+    (2, 2, 64, 96, (11, 10), SQUARE, (1, 1), (1, 1)),
+    (3, 1, 72, 48, (21, 22), SQUARE, (1, 1), (1, 1)),  # vectors that are not filled
+    (4, 2, 16, 8, (7, 9), SQUARE, (2, 2), (1, 1)),
+    (2, 2, 64, 128, (104, 100), SQUARE, (1, 1), (1, 1)),  # results past the caches
+    (2, 1, 38, 20, (9, 8), (5, 4), (1, 2), (2, 1)),
+    (5, 2, 10, 15, (8, 8), (7, 7), (2, 2), (3, 3)),  # few channels each
+    (4, 3, 96, 60, (5, 11), (1, 1), (1, 1), (0, 0)),
+    (2, 1, 160, 256, (9, 8), (1, 1), (2, 2), (0, 0)),
+    (6, 2, 6, 12, (9, 9), SQUARE, (1, 1), (1, 1)),
+    (2, 2, 50, 44, (31,), (5,), (1,), (2,)),
+    (2, 0, 64, 64, (5, 5), SQUARE, (1, 1), (1, 1)),
+]
+
+
+@pytest.mark.parametrize("case", GROUPED, ids=str)
+@every_layout
+def test_groups(case, layout):
+    """A group is a convolution of its own."""
+    groups, n, channels, count, size, taps, stride, padding = case
+    x, filters = make((n, channels, count, size, taps, stride, padding), layout)
+    filters = filters._replace(weight=filters.weight[:, : channels // groups])
+    window = Window([*stride], [*padding], [1] * len(size), False, [0] * len(size), groups)
+    weight = exact(filters.weight)
+
+    def convolve(image, weight, bias=None):
+        return torch.ops.aten.convolution.default(image, weight, bias, *window)
+
+    y = convolve(exact(x), scaled(filters), exact(filters.shift))
+    ours, total = convolution.forward(x, filters)
+    agree(ours, y, torch.float32, scale=4)
+    assert_total(total, y)
+    x = x.abs()
+    inputs = exact(x).requires_grad_()
+    d = convolve(inputs, weight.abs())
+    r = rand(*d.shape, dtype=torch.float32, layout=layout)
+    s, total = convolution.divide(r, x, filters)
+    expected = torch.where(d > 0, exact(r) / d, 0.0).detach()
+    assert ((exact(s) - expected).abs() <= 3e-5 * expected.abs()).all()
+    assert ((total - expected.flatten(1).abs().sum(1)).abs() <= 3e-5 * total).all()
+    (g,) = torch.autograd.grad(d, inputs, expected, retain_graph=True)
+    (bound,) = torch.autograd.grad(d, inputs, expected.abs())
+    q = exact(convolution.product(x, s, filters))
+    assert ((q - exact(x) * g).abs() <= 5e-5 * exact(x) * bound).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -408,6 +473,8 @@ def test_what_it_covers():
     ):
         signal, filters = torch.randn(1, 32, *size), torch.randn(64, 32, *taps)
         assert covers(signal, filters, *arguments) == fast
+    assert covers(x, weight[:20], *window, 1) == fast
+    assert covers(torch.cat([x, x], 1), weight, *window, 2) == fast
     few = torch.randn(64, 3, 7, 7)
     assert covers(torch.randn(1, 3, 9, 9), few, [2, 2], [3, 3], [1, 1], 1) == fast
     refused = [
@@ -421,7 +488,8 @@ def test_what_it_covers():
         (x, weight, [1, 1], [1, 3], [1, 1], 1),
         (x, weight, [1, 1], [1, 1], [1, 2], 1),
         (x, weight[:, :16], *window, 2),
-        (x, weight[:20], *window, 1),
+        (x, weight[:32, :1], *window, 32),
+        (x, weight[:12], *window, 1),
         (x, weight[..., :2], *window, 1),
         (x, weight[..., :1], [1, 1], [1, 1], [1, 1], 1),
         (x, weight[..., :1], [3, 1], [1, 0], [1, 1], 1),

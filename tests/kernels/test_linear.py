@@ -39,12 +39,12 @@ def test_the_law(dtype, rows, inputs, outputs, turned):
 
 @pytest.mark.parametrize("rows", [1, 7, 61, 200])
 @pytest.mark.parametrize(
-    ("inputs", "outputs"), [(96, 64), (1024, 40), (8, 2056), (2056, 8), (1112, 1112)]
+    ("inputs", "outputs"), [(96, 64), (1024, 40), (8, 2056), (2056, 8), (1112, 1112), (77, 1001)]
 )
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("kept", [0.2, 1])
 def test_by_products(rows, inputs, outputs, turned, kept):
-    """Enough of them; in eights, they go by panels of vectors, and half a vector at the end."""
+    """Enough of them go by panels of vectors, and what is left of one at the end."""
     x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
     r = torch.randn(rows, outputs)
     x *= torch.rand(inputs) <= kept
@@ -88,9 +88,10 @@ def test_which_layers_go_by_it(monkeypatch):
     compiled.linear_relevance(x.expand(3, 2, 8), weight, r.expand(3, 2, 3))
     assert len(calls) == 2
     many = torch.randn(512, 512)
-    compiled.linear_relevance(many, many, many)  # and one in eights
-    assert len(calls) == 3
     compiled.linear_relevance(many, many[:507], many[:, :507])
+    assert len(calls) == 3
+    wide = many.double()
+    compiled.linear_relevance(wide, wide, wide)
     assert len(calls) == 3
 
 
