@@ -111,10 +111,7 @@ def has_law(x: Operand, weight: Tensor, window: reference.Window) -> bool:
 
 def has_rows(x: Operand, weight: Tensor) -> bool:
     """Whether a dense layer goes as filters of 1×1 over its rows."""
-    return (
-        _IS_FAST
-        and x.dtype == torch.float32
-    )
+    return _IS_FAST and x.dtype == torch.float32
 
 
 def has_product(weight: Tensor, window: reference.Window) -> bool:

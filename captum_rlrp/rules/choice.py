@@ -67,13 +67,17 @@ class Extremum(Rule):
         dims = call.args["dim"]
         dims = [dims] if isinstance(dims, int) else list(dims) or list(range(x.dim()))
         dims = [d % x.dim() for d in dims]
+        if len(dims) == 1:
+            return (self._route(x, dims[0], r),)
         kept = [d for d in range(x.dim()) if d not in dims]
         moved = x.permute(kept + dims)
-        flat = moved.flatten(len(kept))
-        winner = (flat.argmax(-1) if self.largest else flat.argmin(-1)).unsqueeze(-1)
-        r = r.reshape(winner.shape)
-        routed = r.new_zeros(flat.shape).scatter_(-1, winner, r).view(moved.shape)
+        routed = self._route(moved.flatten(len(kept)), -1, r).view(moved.shape)
         return (routed.permute([(kept + dims).index(d) for d in range(x.dim())]),)
+
+    def _route(self, x: Tensor, dim: int, r: Tensor) -> Tensor:
+        extreme = torch.max if self.largest else torch.min  # argmax is slow but along the last axis
+        winner = extreme(x, dim, keepdim=True).indices
+        return r.new_zeros(x.shape).scatter_(dim, winner, r.reshape(winner.shape))
 
 
 class Chosen(Rule):
