@@ -20,6 +20,7 @@ from captum_rlrp.kernels.extension import ops
 from captum_rlrp.kernels.onednn import Operand
 
 _LEAST = 16  # channels, or filters, of several taps; fewer leave vectors empty
+_LEAST_OF_ROWS = 32  # inputs and outputs of a dense layer
 _OF_FEW = 32  # of which filters of few channels must be a multiple
 _OF_GROUP, _MOST_GROUPS = 24, 8  # channels of a group at least, and groups at most
 _FEW_CHANNELS = 4  # of the input, as of an RGB image
@@ -111,7 +112,7 @@ def has_law(x: Operand, weight: Tensor, window: reference.Window) -> bool:
 
 def has_rows(x: Operand, weight: Tensor) -> bool:
     """Whether a dense layer goes as filters of 1×1 over its rows."""
-    return _IS_FAST and x.dtype == torch.float32
+    return _IS_FAST and x.dtype == torch.float32 and min(weight.shape) >= _LEAST_OF_ROWS
 
 
 def has_product(weight: Tensor, window: reference.Window) -> bool:

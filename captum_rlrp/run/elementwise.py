@@ -5,7 +5,7 @@ Where memory comes fresh from the system, finding its pages takes longer than th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ def _batch_norm(
 
 
 def _sum(
-    x: Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+    x: Tensor, dim: list[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> Tensor:
     """The result lies as x does: PyTorch's own is slow where it has to lie otherwise."""
     order = sorted(range(x.dim()), key=x.stride, reverse=True)

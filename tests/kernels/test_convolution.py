@@ -207,7 +207,7 @@ def assert_law(r, x, filters):
 )
 @pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.9])
 def test_images_with_many_zeros(case, kept):
-    """What is 0 at all of a few neighbours is left out, if that is enough; a zero may have a sign."""
+    """What is 0 at all of a few neighbours is left out; a zero may have a sign."""
     x, filters = make(case, "channels_last")
 
     def thinned(image):
