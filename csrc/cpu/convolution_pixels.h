@@ -1,5 +1,5 @@
-// The product that the schemes have in common which multiply pixels as they lie: of so many pixels by panels of filters,
-// whose sums are finished while they are in registers.
+// The product of pixels as they lie, or packed, by panels of filters; its sums are finished while they are in registers.
+// Point and Direct go by it.
 #pragma once
 
 #include "convolution_packed.h"
@@ -83,7 +83,7 @@ RLRP_INLINE inline void multiply_pixels(const Convolution& conv, Pixels<kLanes>&
   put_pixels<kLanes, kCount, kWidth>(conv, pixels, first, channel, some, sum);
 }
 
-// The same of a group; a panel holds as many vectors as kPanels says, and the next begins so far behind it.
+// The same of a group, by what is left of its pixels; `next` is how far the next panel lies behind.
 template <int kLanes, int kWidth, class Some>
 RLRP_INLINE inline void multiply_group(const Convolution& conv, Pixels<kLanes>& pixels, int64_t first,
                                        const Group& group, int64_t step, const float* panel, int64_t next,
@@ -125,7 +125,7 @@ RLRP_INLINE inline void multiply_panel(const Work& work, Pixels<kLanes>& pixels,
   for (; k < last; ++k) multiply_pixels<kLanes, 1, kWidth>(conv, pixels, k, runs, panel, channel, some);
 }
 
-// All outputs of some pixels of a block, as they are.
+// All outputs of some pixels of a block, which are not packed.
 template <int kLanes>
 RLRP_INLINE inline void multiply_whole(const Work& work, Pixels<kLanes>& pixels, int64_t first, int64_t last,
                                        Runs runs) {

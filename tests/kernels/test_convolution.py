@@ -340,12 +340,16 @@ def test_a_divisor_that_is_not_finite_shows(value):
         (3, 64, 96, (21, 13), SQUARE, (2, 2), (1, 1)),
         (3, 64, 96, (215,), (7,), (2,), (3,)),
         (3, 64, 96, (21, 13), (1, 1), (1, 1), (0, 0)),
+        (3, 100, 330, (13, 40), (1, 1), (1, 1), (0, 0)),
         (3, 3, 96, (41, 23), (5, 5), (2, 2), (2, 2)),
     ],
     ids=str,
 )
-def test_results_do_not_depend_on_the_number_of_threads(case):
+@pytest.mark.parametrize("has_zeros", [False, True])
+def test_results_do_not_depend_on_the_number_of_threads(case, has_zeros):
     x, filters = make(case, "channels_last")
+    if has_zeros:  # of which some blocks leave out much, and others nothing
+        x[..., x.shape[-1] // 2 :] *= (torch.rand(x.shape[1]) < 0.4).view(-1, *[1] * (x.dim() - 2))
     g = torch.randn_like(convolution.forward(x, filters)[0])
     threads = torch.get_num_threads()
     results = []
