@@ -30,7 +30,7 @@ STABLE_TORCH_LIBRARY(captum_rlrp, m) {
       "convolution(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? other, int[] stride, "
       "int[] padding, bool relu) -> (Tensor, Tensor)");
   m.def(
-      "convolution_divide(Tensor r, Tensor x, Tensor weight, int[] stride, int[] padding) "
+      "convolution_divide(Tensor r, Tensor x, Tensor weight, int[] stride, int[] padding, bool nonnegative) "
       "-> (Tensor, Tensor)");
   m.def(
       "convolution_product(Tensor x, Tensor s, Tensor weight, Tensor? other, int[] stride, int[] padding) -> Tensor");

@@ -97,6 +97,7 @@ def conv_relevance(
     r: Tensor,
     window: Window,
     *,
+    nonnegative: bool = False,
     magnitude: Tensor | None = None,
     other: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -109,21 +110,26 @@ def conv_relevance(
         given = [None if t is None else flat(t) for t in (magnitude, other)]
         dense = window._replace(stride=[1] * len(window.stride))
         result, seen = conv_relevance(
-            flat(x), flat(weight), r, dense, magnitude=given[0], other=given[1]
-        )
+            flat(x), flat(weight), r, dense,
+            nonnegative=nonnegative, magnitude=given[0], other=given[1],
+        )  # fmt: skip
         return result.view(x.shape).contiguous(memory_format=reference.memory_format(x)), seen
     is_ours = convolution.has_law(x, weight, window) and r.dtype == torch.float32
     if not is_ours and _leaves_out_pixels(weight, window):
         read = reference.every(window.stride)
         inputs = x[read].contiguous(memory_format=reference.memory_format(x))
         dense = window._replace(stride=[1] * len(window.stride))
-        part, seen = conv_relevance(inputs, weight, r, dense, magnitude=magnitude)
+        part, seen = conv_relevance(
+            inputs, weight, r, dense, nonnegative=nonnegative, magnitude=magnitude
+        )
         result = torch.zeros_like(x) if other is None else other.clone()
         result[read] += part
         return result, seen
     filters = convolution.Filters(weight, None, None, window.stride, window.padding)
+    if not nonnegative and not (is_ours and convolution.has_product(weight, window)):
+        x, nonnegative = _absolute(x), True
     if is_ours:
-        s, seen = convolution.divide(r, x, filters)
+        s, seen = convolution.divide(r, x, filters, nonnegative=nonnegative)
         if convolution.has_product(weight, window):
             return convolution.product(x, s, filters, other), seen
     weight = weight.abs() if magnitude is None else magnitude
@@ -175,6 +181,9 @@ def empty_like(x: Tensor) -> Tensor:
 def magnitude(x: Tensor) -> Tensor:
     """See :func:`captum_rlrp.kernels.reference.magnitude`."""
     return torch.abs(x, out=empty_like(x))
+
+
+_absolute = magnitude  # where a parameter has that name
 
 
 def add(terms: Sequence[Tensor]) -> Tensor:

@@ -191,18 +191,28 @@ def forward(
     return y if x.dim() == 4 else y.squeeze(2), total
 
 
-def divide(r: Tensor, x: Tensor, filters: Filters) -> tuple[Tensor, Tensor]:
-    """``s = r / (|weight| ∗ x)`` with 0/0 = 0, for x ≥ 0; and what tells whether all was finite.
+def divide(
+    r: Tensor, x: Tensor, filters: Filters, *, nonnegative: bool = False
+) -> tuple[Tensor, Tensor]:
+    """``s = r / (|weight| ∗ |x|)`` with 0/0 = 0; and what tells whether all was finite.
 
     That is of each sample at least ``Σ |s|``, and at most twice that.
+
+    Args:
+        r: Relevance at the output.
+        x: Input.
+        filters: Their scale and shift play no part.
+        nonnegative: Whether x is known to be |x|.
     """
     weight, _, _, stride, padding = filters.as_image()
-    s, total = ops.convolution_divide.default(_as_image(r), _as_image(x), weight, stride, padding)
+    s, total = ops.convolution_divide.default(
+        _as_image(r), _as_image(x), weight, stride, padding, nonnegative
+    )
     return s if x.dim() == 4 else s.squeeze(2), total
 
 
 def product(x: Tensor, s: Tensor, filters: Filters, other: Tensor | None = None) -> Tensor:
-    """``x ⊙ (|weight|ᵀ s) + other``."""
+    """``|x| ⊙ (|weight|ᵀ s) + other``."""
     weight, _, _, stride, padding = filters.as_image()
     other = None if other is None else _as_image(other)
     q = ops.convolution_product.default(_as_image(x), _as_image(s), weight, other, stride, padding)

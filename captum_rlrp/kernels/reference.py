@@ -84,19 +84,22 @@ def conv_relevance(
     r: Tensor,
     window: Window,
     *,
+    nonnegative: bool = False,
     magnitude: Tensor | None = None,
     other: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The law of a convolution: ``x ⊙ (|W|ᵀ s) + other``, ``s = r / (|W| ∗ x)``; and the check.
+    """The law of a convolution: ``|x| ⊙ (|W|ᵀ s) + other``, ``s = r / (|W| ∗ |x|)``; and the check.
 
     Args:
-        x: Absolute values of the input, ``(N, C, *spatial)`` with 1 to 3 spatial axes.
+        x: Input, ``(N, C, *spatial)`` with 1 to 3 spatial axes.
         weight: Filters, as in :func:`torch.ops.aten.convolution`.
         r: Relevance at the output.
         window: How the filters go over the input.
+        nonnegative: Whether x is known to be |x|.
         magnitude: ``|W|``, where it is at hand.
         other: Relevance that arrived at the input by other ways.
     """
+    x = x if nonnegative else x.abs()
     weight = weight.abs() if magnitude is None else magnitude
     s, seen = divide(r, aten.convolution(x, weight, None, *window))
     result = x * conv(s, weight, x.shape, window)

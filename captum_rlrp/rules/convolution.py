@@ -56,11 +56,12 @@ class Convolution(LinearRule):
         node = weight_of(call)
         magnitude = run.magnitude(node, r.dtype) if node in run.magnitudes else None
         weight = cast(run.value(node), r.dtype) if magnitude is None else magnitude
-        absolute = x if is_nonnegative(self.operand(call)) else run.kernels.magnitude(x)
-        other = run.take(self.operand(call))
+        operand = self.operand(call)
+        other = run.take(operand)
         result, seen = run.kernels.conv_relevance(
-            absolute, weight, r, _window(call), magnitude=magnitude, other=other
-        )
+            x, weight, r, _window(call),
+            nonnegative=is_nonnegative(operand), magnitude=magnitude, other=other,
+        )  # fmt: skip
         run.check(seen)
         return result
 

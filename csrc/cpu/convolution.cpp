@@ -208,12 +208,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
   return {y, before};
 }
 
-// The two halves of the law, by |weight| and direct: s = r / convolution(x), for an x that is not negative, with the
-// sums of |s| over each sample;
+// The two halves of the law, by |weight| and direct: s = r / convolution(|x|), with the sums of |s| over
+// each sample;
 std::tuple<Tensor, Tensor> divide(const Tensor& r, const Tensor& x, const Tensor& weight, const Ints& stride,
-                                  const Ints& padding) {
+                                  const Ints& padding, bool nonnegative) {
   Arguments a("convolution_divide", x, weight, std::nullopt, stride, padding);
   a.conv.filters.absolute = a.conv.exact = true;
+  a.conv.absolute = !nonnegative;
   Tensor s = new_image(x, a.shape(), true);
   check_like(a.op, "r", r, "the result", s);
   a.conv.dividend = a.data(r, true);
@@ -221,7 +222,7 @@ std::tuple<Tensor, Tensor> divide(const Tensor& r, const Tensor& x, const Tensor
   return {s, seen};
 }
 
-// and x ⊙ convolution_transpose(s) + other.
+// and |x| ⊙ convolution_transpose(s) + other.
 Tensor product(const Tensor& x, const Tensor& s, const Tensor& weight, const std::optional<Tensor>& other,
                const Ints& stride, const Ints& padding) {
   const char* op = "convolution_product";
@@ -230,7 +231,7 @@ Tensor product(const Tensor& x, const Tensor& s, const Tensor& weight, const std
   Arguments a(op, s, weight, std::nullopt, stride, padding, &x);
   const Ints shape = a.shape();
   RLRP_CHECK(sizes_of(x) == shape, op, "x must have the shape of the convolution's input");
-  a.conv.filters.absolute = a.conv.exact = true;
+  a.conv.filters.absolute = a.conv.exact = a.conv.times_absolute = true;
   a.conv.times = a.data(x, true);
   a.add(other, x);
   Tensor result = new_image(x, shape, true);

@@ -72,8 +72,9 @@ struct Convolution {
   bool depthwise;  // each output is of its own channel
   bool exact;    // no output may be rounded by inputs that it does not meet
   bool streams;  // y past the caches, which it would only empty
-  bool absolute;  // whether the absolute values of x are meant; of 1×1 only
-  const float* times;     // what y is multiplied by, before other is added
+  bool absolute;  // whether the absolute values of x are meant
+  const float* times;     // what y is multiplied by, before other is added,
+  bool times_absolute;    // or by its absolute values
   const float* dividend;  // what is divided by y; 0/0 = 0
   double* sums;           // of each sample, if they are wanted: of |y| of a quotient, else of what precedes ReLU
 
@@ -236,7 +237,10 @@ RLRP_INLINE inline void put(const Convolution& conv, int64_t offset, const Vecto
     y = y == 0 ? Vector<kLanes>{} : quotient;
     sum += magnitude(y) + infinite;
   } else {
-    if (conv.times) y *= some.load(conv.times + offset);
+    if (conv.times) {
+      const Vector<kLanes> times = some.load(conv.times + offset);
+      y *= conv.times_absolute ? magnitude(times) : times;
+    }
     if (conv.other) y += some.load(conv.other + offset);
     sum += y;
   }

@@ -154,12 +154,20 @@ class Depthwise {
         const float* from = conv_.x + (has ? conv_.in.offset(at.n, h, w) + c : 0);
         __builtin_prefetch(from + kLine, 0, 2);  // the next channels', which lie too far apart to be foreseen
         if (has && count == kLine) {
-          for (int64_t k = 0; k < kLine; k += kLanes) store<kLanes>(to + k, load<kLanes>(from + k));
+          for (int64_t k = 0; k < kLine; k += kLanes) store<kLanes>(to + k, meant<kLanes>(load<kLanes>(from + k)));
         } else {
-          for (int64_t k = 0; k < kLine; ++k) to[k] = has && k < count ? from[k] : 0.0f;
+          for (int64_t k = 0; k < kLine; ++k) {
+            const Vector<1> x{has && k < count ? from[k] : 0.0f};
+            to[k] = meant<1>(x)[0];
+          }
         }
       }
     }
+  }
+
+  template <int kLanes>
+  RLRP_INLINE Vector<kLanes> meant(const Vector<kLanes>& x) const {
+    return conv_.absolute ? magnitude(x) : x;
   }
 
   // So many pixels of a row of outputs, which begins at `to`.
@@ -231,7 +239,7 @@ class Depthwise {
       for (int j = 0; j < kWidth; ++j) {
         const Vector<kLanes> factor = some.load(tap(k) + c + j * kLanes);
 #pragma GCC unroll 4
-        for (int p = 0; p < kCount; ++p) y[p][j] += some.load(input(p, k) + c + j * kLanes) * factor;
+        for (int p = 0; p < kCount; ++p) y[p][j] += meant<kLanes>(some.load(input(p, k) + c + j * kLanes)) * factor;
       }
     }
 #pragma GCC unroll 4

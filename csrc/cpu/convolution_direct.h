@@ -2,7 +2,7 @@
 // the edges are laid out first, with zeros around the image. No output is rounded by what it does not meet.
 #pragma once
 
-#include <algorithm>
+#include <cmath>
 
 #include "convolution_pixels.h"
 
@@ -41,18 +41,19 @@ struct Direct {
     }
   }
 
-  // Whether all inputs that an output meets are of the image, and lie side by side.
+  // Whether all inputs that an output meets are of the image, and lie side by side as they are meant.
   bool is_inside(const Convolution& conv, const Place& at) const {
-    if (conv.in.step[1] != conv.in.channels) return false;  // one group of the channels
+    if (conv.absolute || conv.in.step[1] != conv.in.channels) return false;  // or one group of the channels
     const int64_t h = at.h * conv.stride[0] - conv.padding[0], w = at.w * conv.stride[1] - conv.padding[1];
     return conv.in.has(h, w) && conv.in.has(h + conv.kernel[0] - 1, w + conv.kernel[1] - 1);
   }
 
   // The inputs that an output meets, tap by tap.
-  void lay_out(const Convolution& conv, const Place& at, const float* zeros, float* to) const {
+  RLRP_INLINE void lay_out(const Convolution& conv, const Place& at, const float* zeros, float* to) const {
     for (int64_t i = 0; i < conv.kernel[0]; ++i) {
       for (int64_t j = 0; j < conv.kernel[1]; ++j, to += conv.in.channels) {
-        std::copy_n(conv.pixel(at, i, j, zeros), conv.in.channels, to);
+        const float* pixel = conv.pixel(at, i, j, zeros);
+        for (int64_t c = 0; c < conv.in.channels; ++c) to[c] = conv.absolute ? std::abs(pixel[c]) : pixel[c];
       }
     }
   }

@@ -17,7 +17,7 @@ namespace convolution {
 
 constexpr float kLeastBound = 1e-28f, kMostBound = 1e30f;  // between which no term overflows, and none is denormal
 
-// Divisors, which are sums of what is not negative. How large one could be is told by one more term: the largest inputs
+// Divisors, which are sums of absolute values. How large one could be is told by one more term: the largest inputs
 // of the patch, channel by channel, times the sums of the filters' taps.
 struct Divisor : Square {
   static constexpr int kBound = Square::kTerms, kTerms = kBound + 1;
@@ -47,7 +47,7 @@ struct Divisor : Square {
       float* to = result + row * depth + c;
       Vector<kLanes> largest{};
       const auto seen = [&](int i, int j) RLRP_INLINE {
-        const Vector<kLanes> x = some.load(pixels.at[i][j] + c);
+        const Vector<kLanes> x = magnitude(some.load(pixels.at[i][j] + c));
         largest = x > largest ? x : largest;
         return x;
       };

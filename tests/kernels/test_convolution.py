@@ -179,7 +179,9 @@ def test_the_law(case, layout):
 def assert_law(r, x, filters):
     wide, weight = exact(x).requires_grad_(), exact(filters.weight).abs()
     d = convolved(wide, weight, filters)
-    s, total = convolution.divide(r, x, filters)
+    s, total = convolution.divide(r, x, filters, nonnegative=True)
+    signed = with_signs(x)
+    assert_equal(convolution.divide(r, signed, filters), (s, total))
     expected = torch.where(d > 0, exact(r) / d, 0.0).detach()
     assert ((exact(s) - expected).abs() <= 3e-5 * expected.abs()).all()
     assert ((total - expected.flatten(1).abs().sum(1)).abs() <= 3e-5 * total).all()
@@ -187,8 +189,18 @@ def assert_law(r, x, filters):
         return
     (g,) = torch.autograd.grad(d, wide, expected, retain_graph=True)
     (bound,) = torch.autograd.grad(d, wide, expected.abs())
-    q = exact(convolution.product(x, s, filters))
-    assert ((q - exact(x) * g).abs() <= 5e-5 * exact(x) * bound).all()
+    q = convolution.product(x, s, filters)
+    assert_equal([convolution.product(signed, s, filters)], [q])
+    assert ((exact(q) - exact(x) * g).abs() <= 5e-5 * exact(x) * bound).all()
+
+
+def with_signs(x):
+    return torch.where(torch.rand_like(x) < 0.5, x, -x)
+
+
+def assert_equal(results, expected):
+    """To the bit."""
+    assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -262,7 +274,9 @@ def test_the_law_depthwise(case, layout):
     y = torch.ops.aten.convolution.default(exact(x), exact(weight), None, *window)
     r, other = rand(*y.shape, dtype=torch.float32, layout=layout), torch.randn_like(x)
     filters = Filters(weight, None, None, stride, padding)
-    s, total = convolution.divide(r, x, filters)
+    s, total = convolution.divide(r, x, filters, nonnegative=True)
+    signed = with_signs(x)
+    assert_equal(convolution.divide(r, signed, filters), (s, total))
     magnitudes, inputs = exact(weight).abs(), exact(x).requires_grad_()
     d = torch.ops.aten.convolution.default(inputs, magnitudes, None, *window)
     expected = torch.where(d > 0, exact(r) / d, 0.0).detach()
@@ -272,6 +286,7 @@ def test_the_law_depthwise(case, layout):
     (bound,) = torch.autograd.grad(d, inputs, expected.abs())
     q = exact(convolution.product(x, s, filters))
     assert ((q - exact(x) * g).abs() <= 5e-5 * exact(x) * bound).all()
+    assert_equal([exact(convolution.product(signed, s, filters))], [q])
     both = exact(convolution.product(x, s, filters, other))
     agree((both - q).float(), exact(other), torch.float32, scale=4)
 
@@ -313,7 +328,7 @@ def test_groups(case, layout):
     inputs = exact(x).requires_grad_()
     d = convolve(inputs, weight.abs())
     r = rand(*d.shape, dtype=torch.float32, layout=layout)
-    s, total = convolution.divide(r, x, filters)
+    s, total = convolution.divide(r, with_signs(x), filters)
     expected = torch.where(d > 0, exact(r) / d, 0.0).detach()
     assert ((exact(s) - expected).abs() <= 3e-5 * expected.abs()).all()
     assert ((total - expected.flatten(1).abs().sum(1)).abs() <= 3e-5 * total).all()
@@ -359,7 +374,8 @@ def test_results_do_not_depend_on_the_number_of_threads(case, has_zeros):
             results.append(
                 [
                     *convolution.forward(x, filters),
-                    *convolution.divide(g, x.abs(), filters),
+                    *convolution.divide(g, x, filters),
+                    *convolution.divide(g, x.abs(), filters, nonnegative=True),
                     *([convolution.product(x, g, filters)] if x.shape[1] > 4 else ()),
                 ]
             )
@@ -513,7 +529,7 @@ def test_what_it_covers():
 def test_the_law_of_a_covered_convolution_is_its_own(monkeypatch):
     made = torch.ones(2, 32, 8, 8)
     monkeypatch.setattr(convolution, "_IS_FAST", True)
-    monkeypatch.setattr(convolution, "divide", lambda r, x, f: (r, r.sum()))
+    monkeypatch.setattr(convolution, "divide", lambda r, x, f, **_: (r, r.sum()))
     monkeypatch.setattr(convolution, "product", lambda x, s, f, other: made)
     x, weight, r = torch.rand(2, 32, 8, 8), torch.randn(64, 32, 3, 3), torch.randn(2, 64, 8, 8)
     window = Window([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
@@ -529,7 +545,7 @@ def test_the_law_is_added_to_what_arrived(channels, kernel, stride, padded, layo
     inputs, outputs = channels
     padding = padded * (kernel // 2)
     window = Window([stride] * 2, [padding] * 2, [1] * 2, False, [0] * 2, 1)
-    x = rand(2, inputs, 13, 11, dtype=torch.float32).abs()
+    x = rand(2, inputs, 13, 11, dtype=torch.float32)
     weight = torch.randn(outputs, inputs, kernel, kernel)
     y = torch.ops.aten.convolution.default(exact(x), exact(weight), None, *window)
     r, other = torch.randn(y.shape), torch.randn(x.shape)
@@ -550,7 +566,7 @@ def test_the_law_of_filters_as_large_as_the_image(size, channels, with_other):
     axes = len(size)
     window = Window([2] * axes, [0] * axes, [1] * axes, False, [0] * axes, 1)
     x, weight = (
-        rand(3, channels, *size, dtype=torch.float32).abs(),
+        rand(3, channels, *size, dtype=torch.float32),
         torch.randn(64, channels, *size),
     )
     r = torch.randn(3, 64, *[1] * axes)
@@ -566,7 +582,7 @@ def test_the_law_of_filters_as_large_as_the_image(size, channels, with_other):
 def test_the_law_of_1x1_that_leaves_out_pixels(size, groups):
     axes = len(size)
     window = Window([2, 3, 2][:axes], [0] * axes, [1] * axes, False, [0] * axes, groups)
-    x = rand(2, 32, *size, dtype=torch.float32).abs()
+    x = rand(2, 32, *size, dtype=torch.float32)
     weight = torch.randn(64, 32 // groups, *[1] * axes)
     y = torch.ops.aten.convolution.default(exact(x), exact(weight), None, *window)
     r = torch.randn(y.shape)

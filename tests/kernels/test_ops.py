@@ -207,12 +207,12 @@ G, FILTERS, SCALE = torch.randn(2, 64, 4, 3), torch.randn(64, 32, 3, 3), torch.r
 LINE, LINE_G = torch.randn(64, 32, 1, 3), torch.randn(2, 64, 6, 2)
 CONVOLUTIONS = {
     "convolution": (IMAGE, FILTERS, SCALE, torch.randn(64), G, [1, 1], [0, 0], True),
-    "convolution_divide": (G, IMAGE, FILTERS, [1, 1], [0, 0]),
+    "convolution_divide": (G, IMAGE, FILTERS, [1, 1], [0, 0], False),
     "convolution_product": (IMAGE, G, FILTERS, IMAGE, [1, 1], [0, 0]),
 }
 STRIDED = {
     "convolution": (IMAGE, LINE, None, None, LINE_G, [1, 2], [0, 0], False),
-    "convolution_divide": (LINE_G, IMAGE, LINE, [1, 2], [0, 0]),
+    "convolution_divide": (LINE_G, IMAGE, LINE, [1, 2], [0, 0], True),
     "convolution_product": (IMAGE, LINE_G, LINE, None, [1, 2], [0, 0]),
 }
 
