@@ -12,6 +12,8 @@ constexpr int kWideColumns = kLanes == 16 ? 4 : 2;  // what the registers hold, 
 template <int kLanes>
 constexpr int64_t kToPack = kLanes == 16 ? 16 : 64;  // outputs that take as long as packing what they are made of
 
+constexpr int64_t kWorthPacking = 4 * kGroup;  // pixels: of fewer, those left over would take the filters once more each
+
 // The places of some pixels of the output, of what they are made of, and what becomes of them.
 template <int kLanes>
 struct Pixels {
@@ -159,7 +161,7 @@ RLRP_INLINE inline int64_t multiply_packed(const Work& work, Pixels<kLanes>& pix
                                            float* memory) {
   constexpr int kWide = kWideColumns<kLanes>;
   const int64_t depth = runs.count * runs.depth, groups = count / kGroup, channels = work.range.count;
-  if (channels <= kToPack<kLanes> || groups == 0) return 0;
+  if (channels <= kToPack<kLanes> || count < kWorthPacking) return 0;
   Packed packed(memory, depth);
   for (int64_t g = 0; g < groups; ++g) {
     const Group& group = packed.pack<kLanes>(g, pixels.from + g * kGroup, pixels.step + g * kGroup, runs);
