@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from captum_rlrp.run.elementwise import _sum
 from tests.paths import all_paths
 
 from .small import agree, explained, of
@@ -71,3 +72,14 @@ def test_parts_of_a_product_that_are_written_to() -> None:
 
     (found,) = all_paths(network(in_place), x, 1)
     agree(found, explained(network(otherwise), x, 1))
+
+
+@pytest.mark.parametrize("keepdim", [False, True])
+@pytest.mark.parametrize("dim", [None, [], [1], [-3, 1], [2, 0, -1]], ids=str)
+def test_sums_lie_as_their_operand_does(dim: list[int] | None, keepdim: bool) -> None:
+    halves = torch.randn(2, 8, 5, 6).to(memory_format=torch.channels_last).view(2, 2, 4, 5, 6)
+    for x in (halves, torch.randn(2, 2, 4, 5, 6), torch.randn(2, 1, 1, 5, 6).expand(2, 2, 4, 5, 6)):
+        y = _sum(x, dim, keepdim)
+        torch.testing.assert_close(y, x.sum(dim, keepdim))
+    half = _sum(halves, [1])
+    assert half.is_contiguous(memory_format=torch.channels_last)

@@ -125,7 +125,7 @@ def _is_of_few(weight: Tensor) -> bool:
 
 
 def _has_channels(weight: Tensor, groups: int, stride: Sequence[int]) -> bool:
-    """Whether there are enough, or it is depthwise; and of groups few, in place of many."""
+    """Whether so many channels, in so many groups, leave few vectors unfilled."""
     filters, channels, *taps = weight.shape
     if groups > 1:
         least = min(filters // groups, channels)

@@ -92,7 +92,6 @@ void run(const Convolution& conv, bool transpose, const Tensor& model) {
 Convolution group_of(Convolution conv, int64_t groups, int64_t group, int64_t filters) {
   conv.in.channels /= groups;
   conv.out.channels /= groups;
-  conv.filters.count /= groups;
   const int64_t out = group * conv.out.channels;
   conv.x += group * conv.in.channels;
   conv.y += out;
@@ -153,8 +152,8 @@ struct Arguments {
     const bool strewn = height * width == 1 && weight.stride(0) != 1 && weight.stride(1) != 1;
     const Tensor w = strewn ? kept.emplace_back(torch::stable::contiguous(weight)) : weight;
     const bool turned = transpose && !conv.depthwise;
-    conv.filters = {data_of<float>(w), conv.out.channels, w.stride(turned), w.stride(!turned),
-                    {w.stride(2), w.stride(3)}, vector("scale", scale, outputs), false};
+    conv.filters = {data_of<float>(w), w.stride(turned), w.stride(!turned), {w.stride(2), w.stride(3)},
+                    vector("scale", scale, outputs), false};
     filters = outputs / groups * w.stride(0);
   }
 

@@ -44,7 +44,6 @@ struct Image {
 
 struct Filters {
   const float* taps;
-  int64_t count;                 // of outputs
   int64_t out, in, step[2];      // strides
   const float* scale;            // of the outputs
   bool absolute;                 // whether the absolute values of the taps are meant
@@ -157,10 +156,10 @@ template <int kLanes>
 struct Taps {
   const Filters& f;
   const float* first;
-  int64_t out;
+  int64_t out, count;  // the first output, and of how many
 
-  RLRP_INLINE Taps(const Filters& f, int64_t out, int64_t in)
-      : f(f), first(f.taps + out * f.out + in * f.in), out(out) {
+  RLRP_INLINE Taps(const Convolution& conv, int64_t out, int64_t in)
+      : f(conv.filters), first(f.taps + out * f.out + in * f.in), out(out), count(conv.out.channels) {
     constexpr int kAhead = 8;  // inputs: their filters lie too far apart for the processor to foresee
     for (int lane = 0; lane < kLanes; ++lane) __builtin_prefetch(first + lane * f.out + kAhead * f.in);
   }
@@ -168,12 +167,12 @@ struct Taps {
   RLRP_INLINE Vector<kLanes> operator()(int64_t i, int64_t j) const {
     float gathered[kLanes] = {};
     const float* tap = first + i * f.step[0] + j * f.step[1];
-    if (out + kLanes <= f.count) {
+    if (out + kLanes <= count) {
       for (int lane = 0; lane < kLanes; ++lane) gathered[lane] = tap[lane * f.out];
       return f.finished<kLanes>(load<kLanes>(gathered), out);
     }
-    for (int lane = 0; out + lane < f.count; ++lane) gathered[lane] = tap[lane * f.out];
-    return f.finished<kLanes>(load<kLanes>(gathered), out, simd::Start<kLanes>{static_cast<int>(f.count - out)});
+    for (int lane = 0; out + lane < count; ++lane) gathered[lane] = tap[lane * f.out];
+    return f.finished<kLanes>(load<kLanes>(gathered), out, simd::Start<kLanes>{static_cast<int>(count - out)});
   }
 };
 

@@ -11,7 +11,6 @@ struct Area {
   static constexpr int kTerms = kAxisTerms * kAxisTerms;
   static constexpr int64_t outputs[2] = {2, 2};
   static constexpr int64_t kGap = 0;
-  static int64_t memory(int64_t filters, int64_t) { return kMost * filters; }
 
   Axis down, along;
 
@@ -33,7 +32,7 @@ struct Area {
                   k % kPanel<kLanes> + pair.start[t % kAxisTerms];
         }
         for (int64_t in = 0; in < conv.in.channels; ++in) {
-          const Taps<kLanes> taps(conv.filters, out, in);
+          const Taps<kLanes> taps(conv, out, in);
           Vector<kLanes> half[b][kAxisTerms];
 #pragma GCC unroll 3
           for (int j = 0; j < b; ++j) {

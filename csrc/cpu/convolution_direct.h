@@ -13,7 +13,6 @@ struct Direct {
   static constexpr int kTerms = 1;
   static constexpr int64_t outputs[2] = {1, 1};
   static constexpr int64_t kGap = 0;
-  static int64_t memory(int64_t, int64_t depth) { return Packed::memory(depth); }
 
   int64_t taps;
 
@@ -24,7 +23,6 @@ struct Direct {
   template <int kLanes>
   RLRP_INLINE void transform_filters(const Convolution& conv, const Planes<kTerms>& planes, const Range& range,
                                      int64_t first, int64_t last, float* result) const {
-    const Filters& f = conv.filters;
     last = min64(last, range.count);
     for (int64_t k = first, columns = 0; k < last; k += columns * kLanes) {
       columns = k + kPanel<kLanes> <= last ? kColumns : 1;  // what is left of a panel, a vector at a time
@@ -33,7 +31,7 @@ struct Direct {
         for (int64_t j = 0; j < conv.kernel[1]; ++j) {
           for (int64_t c = 0; c < conv.in.channels; ++c) {
             for (int64_t column = 0; column < columns; ++column, to += kLanes) {
-              store<kLanes>(to, Taps<kLanes>(f, range.first + k + column * kLanes, c)(i, j));
+              store<kLanes>(to, Taps<kLanes>(conv, range.first + k + column * kLanes, c)(i, j));
             }
           }
         }

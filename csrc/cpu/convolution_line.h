@@ -9,7 +9,6 @@ namespace convolution {
 struct Line {
   static constexpr int kTerms = kAxisTerms;
   static constexpr int64_t kGap = 0;
-  static int64_t memory(int64_t filters, int64_t) { return kMost * filters; }
 
   int axis;
   Axis along;
@@ -32,7 +31,7 @@ struct Line {
                 k % kPanel<kLanes>;
       }
       for (int64_t in = 0; in < conv.in.channels; ++in) {
-        const Taps<kLanes> taps(conv.filters, out, in);
+        const Taps<kLanes> taps(conv, out, in);
         int64_t at = in * kPanel<kLanes>;
         for (const Axis::Group& group : along.groups) {
           with_taps(group.taps, [&](auto count) RLRP_INLINE {

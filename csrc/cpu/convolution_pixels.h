@@ -109,9 +109,9 @@ RLRP_INLINE inline void multiply_group(const Convolution& conv, Pixels<kLanes>& 
 }
 
 // So many vectors of the outputs of a block of pixels, from one on, and from a channel on; or some of one.
-template <int kLanes, int kWidth, class Some = simd::Whole<kLanes>>
+template <int kLanes, int kWidth, class Some>
 RLRP_INLINE inline void multiply_panel(const Work& work, Pixels<kLanes>& pixels, int64_t first, int64_t last, Runs runs,
-                                       int64_t channel, const Some& some = {}) {
+                                       int64_t channel, const Some& some) {
   const Convolution& conv = work.conv;
   constexpr int kMany = kRows<kLanes>, kFew = kFewRows<kLanes>;
   const float* panel = work.filters + channel * runs.count * runs.depth;
@@ -127,25 +127,35 @@ RLRP_INLINE inline void multiply_panel(const Work& work, Pixels<kLanes>& pixels,
   for (; k < last; ++k) multiply_pixels<kLanes, 1, kWidth>(conv, pixels, k, runs, panel, channel, some);
 }
 
+// Calls f with each so many vectors of outputs: kMany as long as there are, then a panel's, then one, and some of one.
+template <int kLanes, int kMany, class F>
+RLRP_INLINE inline void each_columns(int64_t channels, const F& f) {
+  int64_t c = 0;
+  for (; c + kMany * kLanes <= channels; c += kMany * kLanes) {
+    f(std::integral_constant<int, kMany>{}, c, simd::Whole<kLanes>{});
+  }
+  for (; kMany > kColumns && c + kPanel<kLanes> <= channels; c += kPanel<kLanes>) {
+    f(std::integral_constant<int, kColumns>{}, c, simd::Whole<kLanes>{});
+  }
+  each_vector<kLanes>(channels - c, [&](int64_t more, const auto& some) RLRP_INLINE {
+    f(std::integral_constant<int, 1>{}, c + more, some);
+  });
+}
+
 // All outputs of some pixels of a block, which are not packed.
 template <int kLanes>
 RLRP_INLINE inline void multiply_whole(const Work& work, Pixels<kLanes>& pixels, int64_t first, int64_t last,
                                        Runs runs) {
-  const int64_t channels = work.range.count;
-  int64_t c = 0;
-  for (; c + kPanel<kLanes> <= channels; c += kPanel<kLanes>) {
-    multiply_panel<kLanes, kColumns>(work, pixels, first, last, runs, c);
+  each_columns<kLanes, kColumns>(work.range.count, [&](auto width, int64_t c, const auto& some) RLRP_INLINE {
+    multiply_panel<kLanes, width>(work, pixels, first, last, runs, c, some);
     runs.ahead = 0;
-  }
-  for (; c + kLanes <= channels; c += kLanes) multiply_panel<kLanes, 1>(work, pixels, first, last, runs, c);
-  const simd::Start<kLanes> rest{static_cast<int>(channels - c)};
-  if (c < channels) multiply_panel<kLanes, 1>(work, pixels, first, last, runs, c, rest);
+  });
 }
 
 // So many vectors of the outputs of groups, likewise.
-template <int kLanes, int kWidth, class Some = simd::Whole<kLanes>>
+template <int kLanes, int kWidth, class Some>
 RLRP_INLINE inline void multiply_groups(const Work& work, Pixels<kLanes>& pixels, int64_t count, const Packed& packed,
-                                        int64_t depth, int64_t channel, const Some& some = {}) {
+                                        int64_t depth, int64_t channel, const Some& some) {
   const float* panel = work.filters + channel * depth;
   for (int64_t g = 0; g < count; ++g) {
     simd::run_apart<kLanes>([&]() RLRP_INLINE {
@@ -159,7 +169,6 @@ RLRP_INLINE inline void multiply_groups(const Work& work, Pixels<kLanes>& pixels
 template <int kLanes>
 RLRP_INLINE inline int64_t multiply_packed(const Work& work, Pixels<kLanes>& pixels, int64_t count, const Runs& runs,
                                            float* memory) {
-  constexpr int kWide = kWideColumns<kLanes>;
   const int64_t depth = runs.count * runs.depth, groups = count / kGroup, channels = work.range.count;
   if (channels <= kToPack<kLanes> || count < kWorthPacking) return 0;
   Packed packed(memory, depth);
@@ -168,16 +177,9 @@ RLRP_INLINE inline int64_t multiply_packed(const Work& work, Pixels<kLanes>& pix
     const int64_t left_out = depth - group.count;
     if (g == 0 && left_out * channels < depth * kToPack<kLanes>) return 0;  // as the first, so the others
   }
-  int64_t c = 0;
-  for (; c + kWide * kLanes <= channels; c += kWide * kLanes) {
-    multiply_groups<kLanes, kWide>(work, pixels, groups, packed, depth, c);
-  }
-  for (; c + kPanel<kLanes> <= channels; c += kPanel<kLanes>) {
-    multiply_groups<kLanes, kColumns>(work, pixels, groups, packed, depth, c);
-  }
-  for (; c + kLanes <= channels; c += kLanes) multiply_groups<kLanes, 1>(work, pixels, groups, packed, depth, c);
-  const simd::Start<kLanes> rest{static_cast<int>(channels - c)};
-  if (c < channels) multiply_groups<kLanes, 1>(work, pixels, groups, packed, depth, c, rest);
+  each_columns<kLanes, kWideColumns<kLanes>>(channels, [&](auto width, int64_t c, const auto& some) RLRP_INLINE {
+    multiply_groups<kLanes, width>(work, pixels, groups, packed, depth, c, some);
+  });
   return groups * kGroup;
 }
 

@@ -13,7 +13,6 @@ struct Point {
   static constexpr int kTerms = 1;
   static constexpr int64_t outputs[2] = {1, 1};
   static constexpr int64_t kGap = kPad;
-  static int64_t memory(int64_t, int64_t depth) { return Packed::memory(depth); }
 
   int64_t depth(int) const { return 1; }
 

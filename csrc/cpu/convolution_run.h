@@ -8,7 +8,7 @@
 #include <numeric>
 #include <vector>
 
-#include "convolution.h"
+#include "convolution_packed.h"
 
 namespace rlrp {
 namespace convolution {
@@ -16,8 +16,9 @@ namespace convolution {
 constexpr int64_t kLeast = 8;          // patches that are worth a task of their own
 constexpr int64_t kFilters = 1 << 20;  // elements of the filters that are transformed at a time
 constexpr int64_t kDepth = 128;        // summed at a time: it rounds less, and a panel of it stays near
-constexpr int64_t kMultiple = 32;      // filters that are transformed at a time, a few of which there may not be
+constexpr int64_t kMultiple = 32;      // filters that are transformed at a time
 
+// With those of zeros that complete the last kMultiple.
 inline int64_t padded(int64_t filters) { return ceil_div(filters, kMultiple) * kMultiple; }
 
 // Some rows of a matrix product over some of the depth, which is added to what was found before.
@@ -47,7 +48,8 @@ Planes<Scheme::kTerms> planes_of(const Convolution& conv, const Scheme& scheme, 
     planes.patches[term + 1] = planes.patches[term] + patches * (depth + Scheme::kGap) + kPad;
     planes.filters[term + 1] = planes.filters[term] + padded(filters) * depth + kPad;
   }
-  planes.products = Scheme::memory(padded(filters), planes.depth[0]) + kPad;
+  const bool is_direct = Scheme::kTerms == 1;  // by convolution_pixels.h, which keeps no products
+  planes.products = (is_direct ? Packed::memory(planes.depth[0]) : kMost * padded(filters)) + kPad;
   return planes;
 }
 

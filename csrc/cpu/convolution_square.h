@@ -17,7 +17,6 @@ struct Square {
   static constexpr int kTerms = kReach * kReach;
   static constexpr int64_t outputs[2] = {kSide, kSide};
   static constexpr int64_t kGap = 0;
-  static int64_t memory(int64_t filters, int64_t) { return kMost * filters; }
 
   // Whether it takes fewer multiplications than Area, which rounds less: not of some small images.
   static bool suits(const Convolution& conv) {
@@ -76,7 +75,7 @@ struct Square {
     for (int64_t k = first; k < last; k += kLanes) {
       float* to = result + k / kPanel<kLanes> * kPanel<kLanes> * depth + k % kPanel<kLanes>;
       for (int64_t in = 0; in < depth; ++in, to += kPanel<kLanes>) {
-        f(Taps<kLanes>(conv.filters, range.first + k, in), to);
+        f(Taps<kLanes>(conv, range.first + k, in), to);
       }
     }
   }

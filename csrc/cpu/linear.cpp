@@ -59,7 +59,7 @@ void run_by_products(const Tensor& x, const Tensor& weight, const Tensor& r, Ten
 
   convolution::Convolution divide = conv;
   divide.x = data_of<float>(x);
-  divide.filters = {taps, out, step[0], step[1], {0, 0}, nullptr, true};
+  divide.filters = {taps, step[0], step[1], {0, 0}, nullptr, true};
   divide.absolute = true;
   divide.dividend = data_of<float>(r);
   divide.sums = &sum;
@@ -69,7 +69,7 @@ void run_by_products(const Tensor& x, const Tensor& weight, const Tensor& r, Ten
   convolution::Convolution back = conv;
   std::swap(back.in, back.out);
   back.x = data_of<float>(s);
-  back.filters = {taps, in, step[1], step[0], {0, 0}, nullptr, false};
+  back.filters = {taps, step[1], step[0], {0, 0}, nullptr, false};
   back.times = data_of<float>(x);
   back.write_to(q);
   convolution::run_point(back, x);
