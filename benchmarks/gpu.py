@@ -154,7 +154,7 @@ def agree_recorded(bench: Bench, model: nn.Module, x: torch.Tensor) -> None:
         expected = plain.attribute(x + shift, target=1)
         actual = recorded.attribute(x + shift, target=1)
         apart = max(apart, float((actual - expected).abs().sum() / expected.abs().sum()))
-    kept = recorded._engine.recordings is not None and len(recorded._engine.recordings._kept)
+    kept = len(recorded._engine.recordings["cuda"])
     (bench.note if kept and apart < 1e-4 else bench.wrong)(recorded=kept, apart=apart)
 
 

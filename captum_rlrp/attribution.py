@@ -31,7 +31,6 @@ from .plan.steps import Final
 from .rules.base import cast
 from .run.capturing import Captured
 from .run.engine import Engine
-from .run.recording import Recordings
 from .run.wide import wide_enough
 from .targets import any_target, at_hand, region, several, start_at
 
@@ -64,13 +63,12 @@ class _Explainer:
         kernels = get_backend(backend)
         # Where the reference is asked for, the graph runs as captured: the plainest definition.
         fuses = not is_reference_forced(backend)
-        recordings = Recordings() if cuda_graphs else None
         self._engine = Engine(
             unwrap(model),
             kernels,
             fuses,
             layers,
-            recordings=recordings,
+            cuda_graphs=cuda_graphs,
             form=Form(output),
             allow_random=allow_random,
         )

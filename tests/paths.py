@@ -43,8 +43,8 @@ def all_paths(
     tolerance: float | None = None,
     delta: float | None = None,
 ) -> tuple[Tensor, ...]:
-    """The attributions of the default path, once these agree with it: with delta, by the reference
-    kernels, and each sample alone. Σ|R| ≤ 1 of every sample.
+    """The attributions of the default path, once these agree with it: traced, from the trace, with
+    delta, by the reference kernels, and each sample alone. Σ|R| ≤ 1 of every sample.
 
     Args:
         model: The model, in eval mode.
@@ -61,6 +61,7 @@ def all_paths(
     with one_capture():
         rlrp = RelativeLRP(model)
         found = rlrp.attribute(inputs, target, additional)
+        traced, replayed = (rlrp.attribute(inputs, target, additional) for _ in range(2))
         measured, deltas = rlrp.attribute(inputs, target, additional, return_convergence_delta=True)
         reference = RelativeLRP(model, backend="reference").attribute(inputs, target, additional)
         alone = [
@@ -68,6 +69,8 @@ def all_paths(
             for i in range(len(inputs[0]))
         ]
     others = {
+        "traced": traced,
+        "from the trace": replayed,
         "with delta": measured,
         "by the reference": reference,
         "alone": tuple(map(torch.cat, zip(*alone, strict=True))),

@@ -23,8 +23,10 @@ from captum_rlrp.graph.twins import twin
 from captum_rlrp.kernels import extension
 from captum_rlrp.plan.steps import Single
 from captum_rlrp.rules import Part, Pass
-from captum_rlrp.run import capturing, engine, program, recording, wide
-from captum_rlrp.run.recording import Recordings
+from captum_rlrp.run import capturing, engine, program, task, wide
+from captum_rlrp.run.cuda_graphs import CudaGraphs
+from captum_rlrp.run.recording import Recorder, Recordings
+from captum_rlrp.run.trace import Traces
 
 from .test_recording import FakeTape
 
@@ -235,6 +237,7 @@ def test_one_look_at_the_end(several: str, monkeypatch: pytest.MonkeyPatch) -> N
     torch.manual_seed(0)
     model = models.resnet18().eval()
     rlrp = RelativeLRP(model)
+    rlrp._engine.recordings = {}  # a recording would not come by here
     x = torch.randn(4, 3, 32, 32)
     target: Any = range(3) if several == "targets" else 1
     options = {} if several == "targets" else {"internal_batch_size": 1}
@@ -250,25 +253,26 @@ def test_one_look_at_the_end(several: str, monkeypatch: pytest.MonkeyPatch) -> N
         return program.totals(*args)
 
     monkeypatch.setattr(engine, "unsound", looks)
-    monkeypatch.setattr(recording, "totals", totals)
+    monkeypatch.setattr(task, "totals", totals)
     rlrp.attribute(x, target=target, **options)
     count = 3 if several == "targets" else 4
     assert order == ["pass back"] * count + ["look"] * count
 
 
 @pytest.mark.usefixtures("without_values")
+@pytest.mark.parametrize("recorder", [CudaGraphs(FakeTape), Traces()], ids=["graph", "trace"])
 @pytest.mark.parametrize("name", CASES)
-def test_all_can_be_recorded(name: str) -> None:
+def test_all_can_be_recorded(name: str, recorder: Recorder) -> None:
     make, shape = CASES[name]
     model = make().eval()
     with FakeTensorMode(shape_env=ShapeEnv()):
         move(model)
         rlrp = RelativeLRP(model)
-        rlrp._engine.recordings = Recordings(FakeTape)
+        recordings = rlrp._engine.recordings["cuda"] = Recordings(recorder)
         for _ in range(3):
             x = torch.empty(2, *shape, device="cuda")
             assert rlrp.attribute(x, target=1).device == x.device
-        assert len(rlrp._engine.recordings._kept) == 1
+        assert len(recordings) == 1
 
 
 @pytest.mark.usefixtures("without_values")

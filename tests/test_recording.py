@@ -13,8 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from captum_rlrp import RelativeLRP
 from captum_rlrp.errors import InputError, NonFiniteError
 from captum_rlrp.kernels import compiled
-from captum_rlrp.run import recording
-from captum_rlrp.run.recording import CannotRecordError, CudaTape, Probe, Recordings, Task
+from captum_rlrp.run import cuda_graphs
+from captum_rlrp.run.cuda_graphs import CannotRecordError, CudaGraphs, CudaTape, Probe
+from captum_rlrp.run.recording import Recordings
+from captum_rlrp.run.task import Task
 
 
 class FakeTape:
@@ -81,10 +83,10 @@ def model():
 
 
 def recorded(model, **options):
-    """Relative LRP that records although there is no GPU."""
+    """Relative LRP that records on the tape although there is no GPU."""
     method = RelativeLRP(model, **options)
     FakeTape.made, FakeTape.fails_with = 0, None
-    method._engine.recordings = Recordings(FakeTape, "cpu", capacity=2)
+    method._engine.recordings = {"cpu": Recordings(CudaGraphs(FakeTape, capacity=2))}
     return method
 
 
@@ -135,7 +137,7 @@ def test_every_signature_has_its_own_and_few_are_kept(model):
     method = recorded(model)
     for batch in (1, 2, 3, 1, 2, 3, 1, 2, 3):
         agree(method, model, images(batch), 0)
-    assert len(method._engine.recordings._kept) == 2
+    assert len(method._engine.recordings["cpu"]) == 2
     agree(method, model, images(2), 0, return_convergence_delta=True)
     agree(method, model, images(2), 0, return_convergence_delta=True)
 
@@ -327,14 +329,6 @@ def test_probe(function, is_noticed):
     assert (probe.obstacle is not None) == is_noticed
 
 
-def test_nothing_is_recorded_on_a_cpu(model):
-    method = RelativeLRP(model, cuda_graphs=True)
-    expected = RelativeLRP(model).attribute(images(), target=1)
-    for _ in range(3):
-        torch.testing.assert_close(method.attribute(images(), target=1), expected)
-    assert not method._engine.recordings._kept
-
-
 # ---- CUDA graphs, on a stand-in for torch.cuda ---------------------------------------------------
 
 
@@ -396,13 +390,13 @@ class FakeGraph:
 @pytest.fixture
 def cuda(monkeypatch):
     fake = FakeCuda()
-    monkeypatch.setattr(recording, "cuda", fake)
-    monkeypatch.setattr(recording, "_BROKEN", [])
+    monkeypatch.setattr(cuda_graphs, "cuda", fake)
+    monkeypatch.setattr(cuda_graphs, "_BROKEN", [])
     for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
         monkeypatch.setattr(torch._C, name, lambda index, pool: None)
-    recording._stream.cache_clear()
+    cuda_graphs._stream.cache_clear()
     yield fake
-    recording._stream.cache_clear()
+    cuda_graphs._stream.cache_clear()
 
 
 def tape(index=1):
@@ -437,7 +431,7 @@ def test_a_broken_capture_leaves_nothing_behind(cuda, error, stream):
     with pytest.raises(CannotRecordError):
         tape().record(capture_breaks(cuda, error))
     assert (cuda.index, cuda.streams) == (0, {0: "default 0", 1: stream})
-    assert len(recording._BROKEN) == 2  # with the one that sets the random generators right
+    assert len(cuda_graphs._BROKEN) == 2  # with the one that sets the random generators right
     assert tape().record(lambda: 5)[0] == 5
 
 
@@ -462,4 +456,4 @@ def test_what_is_refused_in_a_capture_without_breaking_it(cuda):
         tape().record(refused)
     with pytest.raises(RuntimeError, match="a check of ours"):
         tape().record(lambda: torch._check(False, lambda: "a check of ours"))
-    assert not recording._BROKEN
+    assert not cuda_graphs._BROKEN

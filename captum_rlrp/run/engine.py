@@ -25,12 +25,16 @@ from ..plan.portions import divide
 from ..rules import moves
 from .arguments import device_of, signature, take
 from .capturing import Captured, Capturing, WantedFunction, no_autocast
+from .cuda_graphs import CudaGraphs
 from .open_sizes import OpenSizes
 from .program import Result
-from .recording import Begin, Outcome, Recordings, Task
+from .recording import Recordings
+from .task import Begin, Outcome, Task
+from .trace import Traces
 from .wide import run_wide, unsound
 
 _CACHED_PROGRAMS = 128
+_OWN = ("_memory", "_cache", "_open_sizes", "_lock", "recordings")  # see Engine._make_own
 
 # Relevance at the output and, where it is one-hot along dimension 1, the column of each sample.
 Start = tuple[Tensor, Tensor | None]
@@ -80,7 +84,7 @@ class Engine(Capturing):
         kernels: The backend.
         fuses: Whether the forward may fold and fuse; otherwise it runs as captured.
         layers: Names of the modules whose outputs are asked for; None stands for all leaves.
-        recordings: CUDA graphs to replay where there are any; None does without.
+        cuda_graphs: Whether to record explanations as CUDA graphs on a GPU.
         form: How the model is called, and which output counts.
         allow_random: Whether random numbers that forward draws count as constants.
     """
@@ -91,39 +95,39 @@ class Engine(Capturing):
         kernels: ModuleType,
         fuses: bool = True,
         layers: Sequence[str] | None = (),
-        recordings: Recordings | None = None,
+        cuda_graphs: bool = False,
         form: Form = PLAIN,
         allow_random: bool = False,
     ) -> None:
         self.model = model
         self.layers = layers
         self.fuses = fuses
-        self.recordings = recordings
+        self.cuda_graphs = cuda_graphs
         self.form = form
         self.allow_random = allow_random
         self.kernels = kernels
-        self._memory = kernels.working_memory()
+        self._make_own()
+
+    def _make_own(self) -> None:
+        """What belongs to this process."""
+        self._memory = self.kernels.working_memory()
         self._cache: OrderedDict[Hashable, Captured] = OrderedDict()
         self._open_sizes = OpenSizes()
         self._lock = threading.Lock()
+        traces = Recordings(Traces())
+        graphs = Recordings(CudaGraphs()) if self.cuda_graphs else traces
+        self.recordings = {"cpu": traces, "cuda": graphs} if self.fuses else {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to this process: a copy captures anew."""
-        state = dict(self.__dict__)
-        for name in ("_memory", "_cache", "_lock", "_open_sizes"):
-            del state[name]
+        state = {name: value for name, value in vars(self).items() if name not in _OWN}
         state["kernels"] = self.kernels.__name__
-        state["recordings"] = self.recordings is not None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.kernels = importlib.import_module(state["kernels"])
-        self.recordings = Recordings() if state["recordings"] else None
-        self._memory = self.kernels.working_memory()
-        self._cache = OrderedDict()
-        self._open_sizes = OpenSizes()
-        self._lock = threading.Lock()
+        self._make_own()
 
     def explain(
         self,
@@ -300,7 +304,9 @@ class Engine(Capturing):
                 return _Found(parts, totals, dtype, captured, parameters, args, rows, begin, task)
 
             if callable(start):
-                outcome = self.recordings.run(task) if self.recordings else task.run()
+                device = task.device
+                recordings = None if device is None else self.recordings.get(device.type)
+                outcome = task.run() if recordings is None else recordings.run(task)
                 return [found(start, task, outcome)]
             run = task.forward()
             output = run.values[run.output]

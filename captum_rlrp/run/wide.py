@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import NonFiniteError
 from .program import Result, find_non_finite
-from .recording import Begin, Task
+from .task import Begin, Task
 
 # The least relevance of a sample, and the largest sum of values, that can be trusted.
 _RANGE = {torch.float32: (1e-25, 1e30), torch.float64: (0.0, 1e290)}

@@ -12,7 +12,7 @@ import torch
 
 from captum_rlrp.errors import InputError
 from captum_rlrp.kernels import compiled, reference
-from captum_rlrp.run.recording import CannotRecordError, CudaTape
+from captum_rlrp.run.cuda_graphs import CannotRecordError, CudaTape
 
 from .common import HAVE_GPU, agree, exact, rand
 from .test_ops import NAMES, calls
