@@ -75,6 +75,7 @@ struct Convolution {
   const float* times;     // what y is multiplied by, before other is added,
   bool times_absolute;    // or by its absolute values
   const float* dividend;  // what is divided by y; 0/0 = 0
+  bool skips;             // whether y need not be computed, nor be seen to be finite, where that is 0
   double* sums;           // of each sample, if they are wanted: of |y| of a quotient, else of what precedes ReLU
 
   void write_to(Tensor& result) {
@@ -252,6 +253,12 @@ RLRP_INLINE inline float total(const Vector<kLanes>& lanes) {
   float sum = 0;
   for (int lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
   return sum;
+}
+
+// Whether not all is 0.
+template <int kLanes>
+RLRP_INLINE inline bool any(const Vector<kLanes>& v) {
+  return !(total<kLanes>(magnitude(v)) == 0);
 }
 
 // The outputs, kSide × kSide, of a patch from its row of each plane, of kReach × kReach terms; returns their sum.

@@ -99,11 +99,6 @@ struct Divisor : Square {
     }
   };
 
-  template <int kLanes>
-  RLRP_INLINE static bool any(const Vector<kLanes>& v) {
-    return !(total<kLanes>(magnitude(v)) == 0);
-  }
-
   // Calls f with the number of each output, where some channels of it lie, and their divisors.
   template <int kLanes, class F>
   RLRP_INLINE static void each_divisor(const Work& work, const Planes<kTerms>& planes, int64_t patch,

@@ -62,9 +62,27 @@ RLRP_INLINE inline void put_pixels(const Convolution& conv, Pixels<kLanes>& pixe
   }
 }
 
+// Writes the quotients if they are 0 whatever they are divided by: where there is no relevance.
+template <int kLanes, int kCount, int kWidth, class Some>
+RLRP_INLINE inline bool skip_pixels(const Convolution& conv, const Pixels<kLanes>& pixels, int64_t first,
+                                    int64_t channel, const Some& some) {
+  if (!conv.skips) return false;
+  const auto each = [&](const auto& f) RLRP_INLINE {
+    for (int r = 0; r < kCount; ++r) {
+      for (int j = 0; j < kWidth; ++j) f(pixels.to[first + r] + channel + j * kLanes);
+    }
+  };
+  Vector<kLanes> found{};
+  each([&](int64_t offset) RLRP_INLINE { found += magnitude(some.load(conv.dividend + offset)); });
+  if (any<kLanes>(found)) return false;
+  each([&](int64_t offset) RLRP_INLINE { write<kLanes>(conv, offset, Vector<kLanes>{}, some); });
+  return true;
+}
+
 template <int kLanes, int kCount, int kWidth, class Some>
 RLRP_INLINE inline void multiply_pixels(const Convolution& conv, Pixels<kLanes>& pixels, int64_t first,
                                         const Runs& runs, const float* panel, int64_t channel, const Some& some) {
+  if (skip_pixels<kLanes, kCount, kWidth>(conv, pixels, first, channel, some)) return;
   const float* row[kCount];
   for (int r = 0; r < kCount; ++r) row[r] = pixels.from[first + r];
   prefetch_pixels<kLanes, kCount, kWidth>(conv, pixels, first, channel);
@@ -91,6 +109,7 @@ RLRP_INLINE inline void multiply_group(const Convolution& conv, Pixels<kLanes>& 
                                        const Group& group, int64_t step, const float* panel, int64_t next,
                                        int64_t channel, const Some& some) {
   constexpr int kOfPanel = kWidth < kColumns ? kWidth : kColumns;
+  if (skip_pixels<kLanes, kGroup, kWidth>(conv, pixels, first, channel, some)) return;
   prefetch_pixels<kLanes, kGroup, kWidth>(conv, pixels, first, channel);
   Vector<kLanes> sum[kGroup][kWidth] = {};
   const float* rows = group.rows;

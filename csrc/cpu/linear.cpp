@@ -62,6 +62,7 @@ void run_by_products(const Tensor& x, const Tensor& weight, const Tensor& r, Ten
   divide.filters = {taps, step[0], step[1], {0, 0}, nullptr, true};
   divide.absolute = true;
   divide.dividend = data_of<float>(r);
+  divide.skips = true;  // the keys and queries of attention, the gates of gated layers
   divide.sums = &sum;
   divide.write_to(s);
   convolution::run_point(divide, x);
