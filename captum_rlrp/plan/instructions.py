@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..graph.layout import memory_format
 from ..kernels import convolution, onednn
 from ..kernels.convolution import Filters
 from ..kernels.reference import accumulation_dtype
-from ..rules import Call, Like, Pass
+from ..rules import Call, Pass
 from ..rules.attention import kept_weights
 from ..rules.normalization import batch_norm_scale
 from ..rules.pooling import MaxPool
@@ -64,11 +65,10 @@ class FusedConvolution:
             nodes += [n for n in self.norm.nodes() if n is not self.conv.node]
         return tuple(nodes)
 
-    def fold(self, run: Pass) -> tuple[Tensor, Tensor | None]:
+    def fold(self, run: Pass, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The weight with the batch norm folded in, laid out as oneDNN wants it; and the bias."""
         weight: Tensor = run.value(self.conv.args["weight"])
         bias: Tensor | None = run.value(self.conv.args["bias"])
-        x = run.like(self.conv.args["input"])
         if self.norm is None:
             return weight if _is_laid_out(weight, x) else _new_weight(weight, x).copy_(weight), bias
         scale, shift = run.scratch[self.norm.node]
@@ -97,7 +97,7 @@ class FusedConvolution:
             return self._by_ours(run, x, other, filters)
         if self.norm is not None and self._leaves_weight(run, x):
             return self._normalize(run, x, other)
-        return self._convolve(run, x, other, *self.fold(run))
+        return self._convolve(run, x, other, *self.fold(run, x))
 
     def _by_ours(self, run: Pass, x: Tensor, other: Tensor | None, filters: Filters) -> Tensor:
         if self.fused is None or self.fused[0] not in ("none", "relu"):
@@ -119,7 +119,7 @@ class FusedConvolution:
         if not _adds_bias(x):  # what adds the shift scales on the way
             return True
         weight: Tensor = run.value(self.conv.args["weight"])
-        is_laid_out = _is_laid_out(weight, run.like(self.conv.args["input"]))
+        is_laid_out = _is_laid_out(weight, x)
         return (is_laid_out and self._outweighs(run, x)) or onednn.dwarfs(weight, x)
 
     def _normalize(self, run: Pass, x: Tensor, other: Tensor | None) -> Tensor:
@@ -351,20 +351,20 @@ def _adds_bias(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def _new_weight(weight: Tensor, x: Like) -> Tensor:
+def _new_weight(weight: Tensor, x: Tensor) -> Tensor:
     """Uninitialised, laid out as oneDNN wants it for x."""
     if _is_large_of_signals(weight, x):
         filters, channels, taps = weight.shape
         return weight.new_empty(filters, taps, channels).transpose(1, 2)
-    return torch.empty_like(weight, memory_format=x.memory_format)
+    return torch.empty_like(weight, memory_format=memory_format(x))
 
 
-def _is_laid_out(weight: Tensor, x: Like) -> bool:
+def _is_laid_out(weight: Tensor, x: Tensor) -> bool:
     if _is_large_of_signals(weight, x):
         return weight.transpose(1, 2).is_contiguous()
-    return weight.is_contiguous(memory_format=x.memory_format)
+    return weight.is_contiguous(memory_format=memory_format(x))
 
 
-def _is_large_of_signals(weight: Tensor, x: Like) -> bool:
+def _is_large_of_signals(weight: Tensor, x: Tensor) -> bool:
     """Whether oneDNN would take long to lay out the filters; smaller ones stay as they lie."""
     return weight.dim() == 3 and weight.numel() >= _LARGE_WEIGHT and onednn.covers(x, weight)

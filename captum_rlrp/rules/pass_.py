@@ -22,14 +22,13 @@ class Like(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
-    memory_format: torch.memory_format
+    stride: tuple[int, ...]
 
     def zeros(self, dtype: torch.dtype) -> Tensor:
-        """A value like it, of zeros."""
-        empty = torch.empty(
-            self.shape, dtype=dtype, device=self.device, memory_format=self.memory_format
-        )
-        return empty.zero_()
+        """A value like it, of zeros, whose elements lie in the same order."""
+        order = sorted(range(len(self.shape)), key=self.stride.__getitem__, reverse=True)
+        zeros = torch.zeros([self.shape[d] for d in order], dtype=dtype, device=self.device)
+        return zeros.permute([order.index(d) for d in range(len(order))])
 
 
 class Part(NamedTuple):

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from ..errors import NonFiniteError
 from ..graph.capture import CapturedGraph, place_of
-from ..graph.layout import channels_last, memory_format
+from ..graph.layout import channels_last
 from ..kernels import compiled
 from ..plan.instructions import Instruction, batch_norms
 from ..plan.steps import Plan, Single, Step
@@ -181,8 +181,7 @@ class Program:
 
 
 def _like(value: Tensor) -> Like:
-    layout = memory_format(value) if value.dim() > 3 else torch.contiguous_format
-    return Like(value.shape, value.dtype, value.device, layout)
+    return Like(value.shape, value.dtype, value.device, value.stride())
 
 
 def _own(r: Tensor) -> Tensor:
