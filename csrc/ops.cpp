@@ -7,6 +7,7 @@ STABLE_TORCH_LIBRARY(captum_rlrp, m) {
   m.def("divide(Tensor r, Tensor d) -> (Tensor, Tensor)");
   m.def("multiply(Tensor x, Tensor g, bool absolute) -> Tensor");
   m.def("linear_law(Tensor x, Tensor weight, Tensor r) -> (Tensor, Tensor)");
+  m.def("matmul(Tensor a, Tensor b) -> Tensor");
   m.def("split(Tensor a, Tensor b, Tensor r, bool from_sum) -> (Tensor, Tensor)");
   m.def(
       "finish_(Tensor(a!) y, Tensor? scale, Tensor? shift, Tensor? other, bool relu) -> Tensor");

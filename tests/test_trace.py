@@ -184,7 +184,7 @@ def test_errors_are_those_of_the_first_time(model: nn.Module) -> None:
     again(rlrp, images() * 1e-30, target=1)  # which float32 cannot hold
 
 
-@pytest.mark.parametrize("reads", ["a value", "a mask", "an array"])
+@pytest.mark.parametrize("reads", ["a value", "a mask", "an array", "a list", "numbers"])
 def test_what_goes_by_values_is_not_traced(
     reads: str, model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,8 +195,12 @@ def test_what_goes_by_values_is_not_traced(
             assert float(r.sum()) < 2
         elif reads == "a mask":
             assert x[x > 0].dim() == 1
+        elif reads == "an array":
+            assert r.numpy().sum() < 2
+        elif reads == "a list":
+            assert len(r.tolist()) == 2
         else:
-            r = r * torch.from_numpy((r.numpy() > 0).astype("float32"))
+            r = r * torch.tensor(2.0).mul_(0.5)  # whose origin is not known
         return law(x, weight, r, *rest, **options)
 
     monkeypatch.setattr(compiled, "conv_relevance", reading)

@@ -16,7 +16,8 @@ from ..graph.layers import layer_calls, leaf_calls, module_names, tied_names
 from ..kernels import get_backend, is_reference_forced
 from ..plan.steps import Final, Plan
 from ..run.capturing import Captured
-from ..run.engine import Engine, StartFunction
+from ..run.engine import Engine
+from ..run.starts import StartFunction
 from ..targets import start_at
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "linear",
     "linear_relevance",
     "linear_rows",
+    "matmul",
     "max_pool",
     "max_unpool",
     "multiply",
@@ -319,6 +320,14 @@ def linear(g: Tensor, weight: Tensor) -> Tensor:
     if onednn.multiplies(g, weight.t()):
         return onednn.linear(g, weight.t())
     return reference.linear(g, weight)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """See :func:`captum_rlrp.kernels.reference.matmul`."""
+    if convolution.has_matrices(a, b):
+        result: Tensor = ops.matmul.default(a, b)
+        return result
+    return reference.matmul(a, b)
 
 
 def conv(g: Tensor, weight: Tensor, input_shape: Sequence[int], window: Window) -> Tensor:

@@ -115,6 +115,21 @@ def has_rows(x: Operand, weight: Tensor) -> bool:
     return _IS_FAST and x.dtype == torch.float32 and min(weight.shape) >= _LEAST_OF_ROWS
 
 
+def has_matrices(a: Tensor, b: Tensor) -> bool:
+    """Whether ``a @ b`` are small products, one for each index in front."""
+    return (
+        _IS_FAST
+        and a.dim() == b.dim() > 2
+        and a.shape[:-2] == b.shape[:-2]
+        and a.device.type == b.device.type == "cpu"
+        and a.dtype == b.dtype == torch.float32
+        and 0 not in a.shape
+        and b.shape[-1] > 0
+        and 1 in a.stride()[-2:]
+        and 1 in b.stride()[-2:]
+    )
+
+
 def has_product(weight: Tensor, window: reference.Window) -> bool:
     """Whether the input has more channels than an RGB image."""
     return window.groups > 1 or not _is_of_few(weight)

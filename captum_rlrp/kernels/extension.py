@@ -10,9 +10,9 @@ from types import ModuleType
 import torch
 
 OPS = (
-    "divide", "multiply", "linear_law", "split", "finish_", "sums", "empty_like", "max_pool",
-    "max_unpool", "adaptive_max_pool", "adaptive_max_unpool", "avg_pool", "adaptive_avg_pool",
-    "conv_few", "convolution", "convolution_divide", "convolution_product",
+    "divide", "multiply", "linear_law", "matmul", "split", "finish_", "sums", "empty_like",
+    "max_pool", "max_unpool", "adaptive_max_pool", "adaptive_max_unpool", "avg_pool",
+    "adaptive_avg_pool", "conv_few", "convolution", "convolution_divide", "convolution_product",
 )  # fmt: skip
 
 

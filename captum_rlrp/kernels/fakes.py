@@ -63,6 +63,7 @@ def register() -> None:
     fake("captum_rlrp::divide")(lambda r, d: (torch.empty_like(d), _seen(d)))
     fake("captum_rlrp::multiply")(lambda x, g, absolute: torch.empty_like(x))
     fake("captum_rlrp::linear_law")(lambda x, *_: (x.new_empty(x.shape), _seen(x)))
+    fake("captum_rlrp::matmul")(lambda a, b: a.new_empty((*a.shape[:-1], b.shape[-1])))
     fake("captum_rlrp::split")(lambda a, b, r, _: (torch.empty_like(r), torch.empty_like(r)))
     fake("captum_rlrp::finish_")(lambda y, *_: _seen(y))
     fake("captum_rlrp::sums")(lambda v: v[0].new_empty(len(v), dtype=torch.float64))

@@ -330,6 +330,11 @@ def linear(g: Tensor, weight: Tensor) -> Tensor:
     return g @ weight
 
 
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``."""
+    return a @ b
+
+
 def linear_rows(weight: Tensor, index: Tensor) -> Tensor:
     """``W[index]``: :func:`linear` of a one-hot g, one row per sample, without the product."""
     return weight.index_select(0, index)

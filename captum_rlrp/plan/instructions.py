@@ -302,8 +302,8 @@ class Attention(_OneCall):
             y: Tensor = self.call.target(**{name: run.value(args[name]) for name in args})
             return y
         run.scratch[self] = weights
-        value: Tensor = run.value(args["value"])
-        return weights @ value
+        product: Tensor = run.kernels.matmul(weights, run.value(args["value"]))
+        return product
 
 
 Instruction = Attention | FusedConvolution | InPlace | Linear | ReluInPlace | WinnersPool

@@ -45,9 +45,10 @@ class _Weighted(LinearRule):
         weights = self.weights(run, call, r.dtype)
         if weights is None:
             return super().shares(run, call, x, r)
-        s, seen = run.kernels.divide(r, weights @ run.kernels.magnitude(x))
+        matmul = run.kernels.matmul
+        s, seen = run.kernels.divide(r, matmul(weights, run.kernels.magnitude(x)))
         run.check(seen)
-        result: Tensor = run.kernels.multiply(x, weights.mT @ s)
+        result: Tensor = run.kernels.multiply(x, matmul(weights.mT, s))
         return result
 
 
@@ -61,7 +62,8 @@ def weights_of(run: Pass, call: Call, dtype: torch.dtype) -> Tensor | None:
     ):
         return None
     scale = call.args.get("scale")
-    scores = (q.to(dtype) * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.to(dtype).mT
+    scaled = q.to(dtype) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores: Tensor = run.kernels.matmul(scaled, k.to(dtype).mT)
     if call.args["is_causal"]:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..graph.sign import is_nonnegative
 from .base import Call, Rule, Slot, cast, once, sum_to
 from .linear import LinearRule, places
 
@@ -49,16 +50,31 @@ class Dense(LinearRule):
         first = next(name for name in _FIRST if name in call.args)
         return bool(call.shape(first)[-1] == 1)
 
+    def apply(self, run: Pass, call: Call, x: Tensor, *, absolute: bool = False) -> Tensor:
+        if _factors(call) is None or call.name not in ("matmul", "bmm"):
+            return super().apply(run, call, x, absolute=absolute)
+        return self._multiply(run, call, x, self._matrix(run, call, x.dtype, absolute))
+
     def transpose(self, run: Pass, call: Call, g: Tensor, *, absolute: bool = False) -> Tensor:
-        factors = _factors(call)
-        if factors is None:
+        if _factors(call) is None:
             return super().transpose(run, call, g, absolute=absolute)
-        first, second = factors
-        is_first = self.slot(call)[0] == first
-        other: Tensor = run.value(call.args[second if is_first else first]).to(g.dtype).mT
-        other = other.abs() if absolute else other
-        product = g @ other if is_first else other @ g
+        product = self._multiply(run, call, g, self._matrix(run, call, g.dtype, absolute).mT)
         return sum_to(product, run.like(self.operand(call)).shape)
+
+    def _matrix(self, run: Pass, call: Call, dtype: torch.dtype, absolute: bool) -> Tensor:
+        """The factor that is held fixed."""
+        factors = _factors(call)
+        assert factors is not None
+        node = call.args[next(name for name in factors if name != self.slot(call)[0])]
+        if absolute and not is_nonnegative(node):
+            return run.magnitude(node, dtype)
+        return cast(run.value(node), dtype)
+
+    def _multiply(self, run: Pass, call: Call, x: Tensor, matrix: Tensor) -> Tensor:
+        """The product with x on the side where the operand stands."""
+        is_first = (self.slot(call)[0],) == (_factors(call) or ())[:1]
+        product: Tensor = run.kernels.matmul(*((x, matrix) if is_first else (matrix, x)))
+        return product
 
     def route(self, run: Pass, call: Call, r: Tensor) -> Tensor:
         """``Aᵀ r`` with 1 in place of the coefficients."""

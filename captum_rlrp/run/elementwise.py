@@ -1,6 +1,7 @@
-"""Elementwise calls of the forward, whose results go to working memory, and sums over axes.
+"""Calls of the forward that are not PyTorch's: small products, sums over axes, elementwise ones.
 
-Where memory comes fresh from the system, finding its pages takes longer than the arithmetic.
+Results of elementwise ones go to working memory: where memory comes fresh from the system, finding
+its pages takes longer than the arithmetic.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ def into_memory(node: Node) -> Callable[..., Tensor] | None:
         return _batch_norm
     if node.target is aten.sum.dim_IntList:
         return _sum
+    if node.target in (aten.matmul.default, aten.bmm.default):
+        return compiled.matmul
     if node.target not in _ELEMENTWISE:
         return None
     operand = node.args[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -29,16 +29,13 @@ from .cuda_graphs import CudaGraphs
 from .open_sizes import OpenSizes
 from .program import Result
 from .recording import Recordings
-from .task import Begin, Outcome, Task
+from .starts import StartFunction, at_rows, of_row, within
+from .task import Outcome, Task
 from .trace import Traces
 from .wide import run_wide, unsound
 
 _CACHED_PROGRAMS = 128
 _OWN = ("_memory", "_cache", "_open_sizes", "_lock", "recordings")  # see Engine._make_own
-
-# Relevance at the output and, where it is one-hot along dimension 1, the column of each sample.
-Start = tuple[Tensor, Tensor | None]
-StartFunction = Callable[[Tensor, slice], Start]
 
 
 @dataclass(frozen=True)
@@ -178,7 +175,7 @@ class Engine(Capturing):
                 pairs = zip(args, captured.batched, strict=True)
                 some = tuple(take(arg, rows, batched) for arg, batched in pairs)
                 if captured.program.graph.guards:  # forward may take another way
-                    begin = _within(start, rows.start)
+                    begin = within(start, rows.start)
                     few, rest = some[: len(inputs)], some[len(inputs) :]
                     parts.append(
                         self.explain(few, rest, begin, wanted, key, measure_delta, None, form)
@@ -263,7 +260,7 @@ class Engine(Capturing):
         """The graphs of one call, each in a pass of its own; no node is of two graphs."""
         assert captured.rows is not None
         runs = [
-            self._run(captured, parameters, args, slice(0, 1), _of_row(start, row), measure_delta)
+            self._run(captured, parameters, args, slice(0, 1), of_row(start, row), measure_delta)
             for row in range(captured.rows)
         ]
         parts = [self._settled(found, start) for found in runs]
@@ -291,7 +288,7 @@ class Engine(Capturing):
                 captured.program,
                 values,
                 captured.explained,
-                _at(starts[0], rows),
+                at_rows(starts[0], rows),
                 rows.stop - rows.start,
                 measure_delta,
             )
@@ -316,7 +313,7 @@ class Engine(Capturing):
                 again = replace(
                     run, values=dict(run.values), scratch=dict(run.scratch), checked=[*run.checked]
                 )
-                task = replace(task, begin=_at(begin, rows))
+                task = replace(task, begin=at_rows(begin, rows))
                 several.append(found(begin, task, task.back(again, *task.begin(output))))
         return several
 
@@ -340,7 +337,7 @@ class Engine(Capturing):
             pairs = zip(found.args, captured.batched, strict=True)
             values = self._values(captured, found.parameters, [take(a, one, b) for a, b in pairs])
             first = found.rows.start + i
-            begin = _at(found.start, slice(first, first + 1))
+            begin = at_rows(found.start, slice(first, first + 1))
             wide = run_wide(
                 Task(captured.plain, values, task.explained, begin, 1, task.measure_delta)
             )
@@ -369,32 +366,6 @@ class Engine(Capturing):
                 part = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
             parts.append(part)
         return parts
-
-
-def _at(start: StartFunction, rows: slice) -> Begin:
-    """The start for these rows."""
-    return lambda output: start(output, rows)
-
-
-def _of_row(start: StartFunction | Sequence[StartFunction], row: int) -> Any:
-    """The start in one row of the output, where the others belong to other graphs."""
-    if not callable(start):
-        return [_of_row(one, row) for one in start]
-
-    def begin(output: Tensor, rows: slice) -> Start:
-        own, _ = start(output[row : row + 1], slice(row, row + 1))
-        whole = own.new_zeros(output.shape)
-        whole[row : row + 1] = own
-        return whole, None
-
-    return begin
-
-
-def _within(start: StartFunction | Sequence[StartFunction], first: int) -> Any:
-    """The start for some of the rows from `first` on."""
-    if not callable(start):
-        return [_within(one, first) for one in start]
-    return lambda output, rows: start(output, slice(first + rows.start, first + rows.stop))
 
 
 def _stacked(found: Sequence[Explanation]) -> Explanation:

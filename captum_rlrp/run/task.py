@@ -13,7 +13,9 @@ from torch.fx import Node
 from ..rules.pass_ import Pass
 from .program import Program, Result, totals
 
-Begin = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+# Relevance at the output and, where it is one-hot along dimension 1, the column of each sample.
+Start = tuple[Tensor, Tensor | None]
+Begin = Callable[[Tensor], Start]
 Outcome = tuple[Result, Tensor]
 
 

@@ -15,15 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from .program import Result
 from .recording import Replay
-from .task import Outcome, Task
+from .task import Outcome, Start, Task
 
 _WRITTEN = (type(None), bool, int, str)  # by their repr
-Start = tuple[Tensor, Tensor | None]
+_READS = {"numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage"}
 # Values → the model's output, and, for the start that it is sent then, what comes of it.
 _Function = Callable[[Iterable[Tensor]], Generator[Any, Start, None]]
 
@@ -45,6 +46,19 @@ def _is_same(view: Any, tensor: Any) -> bool:
         and (view.shape, view.dtype) == (tensor.shape, tensor.dtype)
         and (view.stride(), view.storage_offset()) == (tensor.stride(), tensor.storage_offset())
     )
+
+
+class _Reads(TorchFunctionMode):
+    """Tells a trace of values that leave PyTorch without one of its operations."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self._trace = trace
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _READS:
+            self._trace.obstacle = func.__name__
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass
@@ -81,11 +95,21 @@ class Trace(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.obstacle: str | None = None
+        self._reads = _Reads(self)
         self._lines: list[_Line] = []
         self._globals: dict[str, Any] = {}
         self._functions: dict[Any, str] = {}
         self._names: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         self._count = 0
+
+    def __enter__(self) -> Trace:
+        self._reads.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._reads.__exit__(*raised)
 
     def give(self, tensors: Iterable[Tensor]) -> None:
         """The arguments of the function."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import NonFiniteError
 from .program import Result, find_non_finite
-from .task import Begin, Task
+from .task import Begin, Start, Task
 
 # The least relevance of a sample, and the largest sum of values, that can be trusted.
 _RANGE = {torch.float32: (1e-25, 1e30), torch.float64: (0.0, 1e290)}
@@ -74,7 +74,7 @@ def run_wide(task: Task) -> Result:
 
 
 def _widened(begin: Begin) -> Begin:
-    def wide(output: Tensor) -> tuple[Tensor, Tensor | None]:
+    def wide(output: Tensor) -> Start:
         start, column = begin(output)
         return start.double(), column
 

@@ -61,6 +61,22 @@ def test_by_products(rows, inputs, outputs, turned, kept):
     assert_watches(seen, s)
 
 
+@pytest.mark.parametrize("rows", [3, 61, 200])
+@pytest.mark.parametrize("first", [64, 100, 128])
+@pytest.mark.parametrize("kept", [0.2, 1])
+def test_outputs_without_relevance_are_as_if_they_were_not(rows, first, kept):
+    x, weight, r = torch.randn(rows, 96), torch.randn(192, 96), torch.randn(rows, 192)
+    x *= torch.rand(96) <= kept
+    r[:, :first] = 0
+    weight[5, 0] = 1e30  # whose divisor nobody needs
+    q, seen = ops.linear_law.default(x, weight, r)
+    weight, r = exact(weight[first:]), exact(r[:, first:])
+    d = exact(x).abs() @ weight.abs().t()
+    s = torch.where(d > 0, r / d, 0.0)
+    agree(q, exact(x) * (s @ weight), torch.float32, scale=4)
+    assert_watches(seen, s)
+
+
 def test_many_axes():
     x, weight, r = torch.randn(2, 3, 5, 96), torch.randn(64, 96), torch.randn(2, 3, 5, 64)
     q, _ = ops.linear_law.default(x, weight, r)
