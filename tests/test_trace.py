@@ -184,7 +184,7 @@ def test_errors_are_those_of_the_first_time(model: nn.Module) -> None:
     again(rlrp, images() * 1e-30, target=1)  # which float32 cannot hold
 
 
-@pytest.mark.parametrize("reads", ["a value", "a mask", "an array", "a list", "numbers"])
+@pytest.mark.parametrize("reads", ["a value", "a mask", "an array", "a list"])
 def test_what_goes_by_values_is_not_traced(
     reads: str, model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,10 +197,8 @@ def test_what_goes_by_values_is_not_traced(
             assert x[x > 0].dim() == 1
         elif reads == "an array":
             assert r.numpy().sum() < 2
-        elif reads == "a list":
-            assert len(r.tolist()) == 2
         else:
-            r = r * torch.tensor(2.0).mul_(0.5)  # whose origin is not known
+            assert len(r.tolist()) == 2
         return law(x, weight, r, *rest, **options)
 
     monkeypatch.setattr(compiled, "conv_relevance", reading)
@@ -208,6 +206,23 @@ def test_what_goes_by_values_is_not_traced(
     for seed in range(4):
         again(rlrp, images(seed), target=1)
     assert len(traces(rlrp)) == 0
+
+
+def test_numbers_that_a_rule_makes_a_tensor_of(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    law = compiled.conv_relevance
+
+    def scaled(x: Tensor, weight: Tensor, r: Tensor, *rest: Any, **options: Any) -> Any:
+        r = r.clone()
+        r[:, 0] = 0
+        return law(x, weight, r * torch.tensor(0.5).mul_(2), *rest, **options)
+
+    monkeypatch.setattr(compiled, "conv_relevance", scaled)
+    rlrp = RelativeLRP(model)
+    for seed in range(5):
+        again(rlrp, images(seed), target=1)
+    assert len(traces(rlrp)) == 1
 
 
 class Memory(TorchDispatchMode):

@@ -325,7 +325,8 @@ def linear(g: Tensor, weight: Tensor) -> Tensor:
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """See :func:`captum_rlrp.kernels.reference.matmul`."""
     if convolution.has_matrices(a, b):
-        result: Tensor = ops.matmul.default(a, b)
+        rows = (t if 1 in t.stride()[-2:] else t.contiguous() for t in (a, b))
+        result: Tensor = ops.matmul.default(*rows)
         return result
     return reference.matmul(a, b)
 

@@ -23,6 +23,8 @@ from .program import Result
 from .recording import Replay
 from .task import Outcome, Start, Task
 
+aten = torch.ops.aten
+
 _WRITTEN = (type(None), bool, int, str)  # by their repr
 _READS = {"numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage"}
 # Values → the model's output, and, for the start that it is sent then, what comes of it.
@@ -181,6 +183,10 @@ class Trace(TorchDispatchMode):
         """Adds a line."""
         if waits(func, [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]):
             self.obstacle = str(func)
+            return
+        if func is aten.lift_fresh.default:  # of numbers that Python had; it may be written to
+            text = f"{self._constant(args[0].clone())}.clone()"
+            self._lines.append(_Line([self._named(result)], text))
             return
         if func.is_view and _is_same(result, args[0]):
             self._names[id(result)] = weakref.ref(result), self._text(args[0])[0]
