@@ -116,7 +116,8 @@ def describe(error: BaseException) -> str:
 
 
 def check(explain: Explain, inputs: Inputs) -> None:
-    """A call that warms up, too."""
+    """Warms up, too: an explanation is recorded when it comes for the second time."""
+    explain(*inputs)
     attributions = explain(*inputs)
     if attributions is not None and not attributions.isfinite().all():
         raise ArithmeticError("the attributions are not finite")

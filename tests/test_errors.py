@@ -407,6 +407,17 @@ def test_data_dependent_control_flow() -> None:
     assert set(model.__dict__) == keys
 
 
+@pytest.mark.parametrize("by", ["the input", "a constant"])
+def test_torch_cond(by: str) -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        asked = x if by == "the input" else s.layer.bias
+        y: Tensor = torch.cond(asked.sum() > 0, lambda z: z * 2, lambda z: z * 3, (s.layer(x),))
+        return y
+
+    with pytest.raises(CaptureError, match=r"cond in .*no static graph"):
+        RelativeLRP(of(forward, layer=nn.Linear(4, 3))).attribute(X, target=0)
+
+
 def test_model_that_raises() -> None:
     class Broken(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

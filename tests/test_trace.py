@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_iter
 from torchvision import models
 
@@ -223,6 +223,24 @@ def test_numbers_that_a_rule_makes_a_tensor_of(
     for seed in range(5):
         again(rlrp, images(seed), target=1)
     assert len(traces(rlrp)) == 1
+
+
+def test_an_operation_that_runs_in_no_mode(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of torch.ops.higher_order."""
+    law = compiled.conv_relevance
+
+    def refusing(*args: Any, **options: Any) -> Any:
+        if _get_current_dispatch_mode() is not None:
+            raise NotImplementedError("no rule for this mode")
+        return law(*args, **options)
+
+    monkeypatch.setattr(compiled, "conv_relevance", refusing)
+    rlrp = RelativeLRP(model)
+    for seed in range(4):
+        again(rlrp, images(seed), target=1)
+    assert len(traces(rlrp)) == 0
 
 
 class Memory(TorchDispatchMode):

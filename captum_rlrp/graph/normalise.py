@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import CaptureError, InputError
 from .aliases import alias_roots, make_functional
 from .captured import CapturedGraph
-from .nodes import bind, mutates
+from .nodes import bind, mutates, place_of
 from .strides import free_of_memory
 from .twins import ROOT
 from .written_out import HasRule, write_out
@@ -71,6 +71,13 @@ def normalise(program: Any, model: nn.Module, has_rule: HasRule) -> CapturedGrap
             value = operator.attrgetter(node.target)(program.graph_module)
             if isinstance(value, Tensor):
                 constants[node] = value
+            elif node.users:
+                user = next(iter(node.users))
+                raise CaptureError(
+                    f"{type(model).__name__} cannot be captured: {user.target} in {place_of(user)} "
+                    "chooses or repeats calls by the values of a tensor, so it is no static graph. "
+                    "Replace it by torch.where or a loop over sizes, or move it out of forward."
+                )
 
     output = _output(graph, model)
     nodes = tuple(_reachable(graph, output))
