@@ -61,6 +61,38 @@ def test_by_products(rows, inputs, outputs, turned, kept):
     assert_watches(seen, s)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 16, 17])
+@pytest.mark.parametrize(("inputs", "outputs"), [(300, 130), (1000, 33), (9000, 5)])
+def test_few_rows(rows, inputs, outputs):
+    x, weight, r = (
+        torch.randn(rows, inputs),
+        torch.randn(outputs, inputs),
+        torch.randn(rows, outputs),
+    )
+    r[:, 1:3] = 0
+    weight[0] = x[0] = 0
+    q, seen = ops.linear_law.default(x, weight, r)
+    d = exact(x).abs() @ exact(weight).abs().t()
+    s = torch.where(d > 0, exact(r) / d, 0.0)
+    bound = exact(x).abs() * (s.abs() @ exact(weight).abs())
+    assert ((exact(q) - exact(x) * (s @ exact(weight))).abs() <= 3e-6 * bound).all()
+    assert_watches(seen, s)
+
+
+@pytest.mark.parametrize("rows", [5, 40])
+def test_the_same_bits_for_any_number_of_threads(rows):
+    x, weight, r = torch.randn(rows, 300), torch.randn(500, 300), torch.randn(rows, 500)
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(ops.linear_law.default(x, weight, r)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
 @pytest.mark.parametrize("rows", [3, 61, 200])
 @pytest.mark.parametrize("first", [64, 100, 128])
 @pytest.mark.parametrize("kept", [0.2, 1])
