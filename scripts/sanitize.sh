@@ -35,6 +35,6 @@ rm -f "$work"/captum_rlrp/*.so
         ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 \
         UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
         CAPTUM_RLRP_BACKEND=compiled PYTHONPATH="$work" \
-        "$python" -m pytest tests/kernels -q -p no:cacheprovider -k "${SANITIZE_TESTS:-compiled or ops or convolution}"
+        "$python" -m pytest tests/kernels -q -p no:cacheprovider -k "${SANITIZE_TESTS:-compiled or ops or convolution or linear or matmul}"
 )
 echo "== clean"

@@ -18,6 +18,7 @@ from torchvision import models
 from captum_rlrp import LayerRelativeLRP, RelativeLRP
 from captum_rlrp.errors import NonFiniteError
 from captum_rlrp.kernels import compiled
+from captum_rlrp.run import trace
 from captum_rlrp.run.recording import Recordings
 from captum_rlrp.run.task import Task
 
@@ -223,6 +224,16 @@ def test_numbers_that_a_rule_makes_a_tensor_of(
     for seed in range(5):
         again(rlrp, images(seed), target=1)
     assert len(traces(rlrp)) == 1
+
+
+def test_too_many_operations_are_not_traced(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trace, "_LONGEST", 5)
+    rlrp = RelativeLRP(model)
+    for seed in range(4):
+        again(rlrp, images(seed), target=1)
+    assert len(traces(rlrp)) == 0
 
 
 def test_an_operation_that_runs_in_no_mode(

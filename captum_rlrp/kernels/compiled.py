@@ -11,11 +11,7 @@ from torch import Tensor
 
 from captum_rlrp.kernels import convolution, extension, fakes, onednn, reference
 from captum_rlrp.kernels.extension import ops
-from captum_rlrp.kernels.reference import (
-    Ints,
-    Window,
-    linear_rows,
-)
+from captum_rlrp.kernels.reference import Ints, Window, linear_rows
 
 __all__ = [
     "adaptive_avg_pool",
@@ -325,9 +321,8 @@ def linear(g: Tensor, weight: Tensor) -> Tensor:
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """See :func:`captum_rlrp.kernels.reference.matmul`."""
     if convolution.has_matrices(a, b):
-        rows = (t if 1 in t.stride()[-2:] else t.contiguous() for t in (a, b))
-        result: Tensor = ops.matmul.default(*rows)
-        return result
+        a, b = (t if 1 in t.stride()[-2:] else t.contiguous() for t in (a, b))
+        return ops.matmul.default(a, b)
     return reference.matmul(a, b)
 
 

@@ -25,6 +25,7 @@ from .task import Outcome, Start, Task
 
 aten = torch.ops.aten
 
+_LONGEST = 2**14  # lines, as of recurrent layers of very many steps: they take a second to compile
 _WRITTEN = (type(None), bool, int, str)  # by their repr
 _READS = {"numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage"}
 # Values → the model's output, and, for the start that it is sent then, what comes of it.
@@ -91,7 +92,7 @@ class Trace(TorchDispatchMode):
 
     Attributes:
         obstacle: The first that another run might not do: it goes by values, or reads a tensor that
-            was neither given nor made here.
+            was neither given nor made here. Or there are too many.
     """
 
     def __init__(self) -> None:
@@ -181,7 +182,8 @@ class Trace(TorchDispatchMode):
 
     def _write(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
         """Adds a line."""
-        if waits(func, [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]):
+        tensors = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
+        if waits(func, tensors) or len(self._lines) > _LONGEST:
             self.obstacle = str(func)
             return
         if func is aten.lift_fresh.default:  # of numbers that Python had; it may be written to
