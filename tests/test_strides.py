@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from captum_rlrp.run.elementwise import _sum
+from captum_rlrp.run.calls import _sum
 from tests.paths import all_paths
 
 from .small import agree, explained, of

@@ -20,7 +20,7 @@ from ..plan.steps import Plan, Single, Step
 from ..rules import Like, Pass
 from ..rules.passthrough import PassThrough
 from ..rules.skip import Sum
-from .elementwise import into_memory
+from .calls import own_call
 from .magnitudes import groups, magnitudes
 
 
@@ -110,7 +110,7 @@ class Program:
         """The call as captured; where an infinity could vanish in it, its operand is checked."""
         target: Any = node.target
         if self.kernels is compiled:
-            target = into_memory(node) or target
+            target = own_call(node) or target
         args, kwargs, operand = node.args, node.kwargs, self.saturates.get(node)
 
         def call(run: Pass) -> Any:

@@ -25,8 +25,8 @@ _ELEMENTWISE = {
 }  # fmt: skip
 
 
-def into_memory(node: Node) -> Callable[..., Tensor] | None:
-    """The call of a node with its result in working memory; None where the call does not suit."""
+def own_call(node: Node) -> Callable[..., Tensor] | None:
+    """What runs in place of a node's call; None where PyTorch's own does."""
     if node.target is aten.batch_norm.default:
         return _batch_norm
     if node.target is aten.sum.dim_IntList:
