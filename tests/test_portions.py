@@ -15,7 +15,7 @@ from captum_rlrp import LayerRelativeLRP, RelativeLRP
 from captum_rlrp.errors import CaptureError
 from captum_rlrp.plan.portions import divide, find_portion
 from captum_rlrp.run import capturing
-from captum_rlrp.run.program import Program
+from captum_rlrp.run.engine import Engine
 from tests.oracle import randomise_norms, relative_error
 from tests.random_graphs import random_graph
 from tests.test_torchvision import convnext, densenet, swin, vit
@@ -84,13 +84,15 @@ def test_a_mixing_model_is_not_divided(name: str) -> None:
 def sizes_of_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Portions of two, and how many samples each run has."""
     monkeypatch.setattr(capturing, "find_portion", lambda *_: find_portion(*_) and 2)
-    sizes, propagate = [], Program.propagate
+    sizes, run = [], Engine._run
 
-    def noted(program: Program, run: Any, start: Any, column: Any, batch: int, delta: bool) -> Any:
-        sizes.append(batch)
-        return propagate(program, run, start, column, batch, delta)
+    def noted(
+        engine: Engine, captured: Any, parameters: Any, args: Any, rows: slice, *_: Any
+    ) -> Any:
+        sizes.append(rows.stop - rows.start)
+        return run(engine, captured, parameters, args, rows, *_)
 
-    monkeypatch.setattr(Program, "propagate", noted)
+    monkeypatch.setattr(Engine, "_run", noted)
     return sizes
 
 
