@@ -213,14 +213,16 @@ def test_start_at_a_target(benchmark):
 
 
 @pytest.mark.parametrize("name", DENSE)
-def test_dense_gradient(benchmark, name):
+def test_dense_law(benchmark, name):
     rows, inner, out = DENSE[name]
-    g, weight = torch.randn(rows, out, device=DEVICE), torch.randn(out, inner, device=DEVICE)
+    x, weight, r = (
+        torch.randn(n, device=DEVICE) for n in ((rows, inner), (out, inner), (rows, out))
+    )
     compare(
         benchmark,
-        f"dense {name}, {rows} rows",
-        lambda: reference.linear(g, weight),
-        lambda: compiled.linear(g, weight),
+        f"law of a dense layer {name}, {rows} rows",
+        lambda: reference.linear_relevance(x, weight, r),
+        lambda: compiled.linear_relevance(x, weight, r),
     )
 
 
