@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from captum_rlrp import RelativeLRP
+from captum_rlrp.errors import NonFiniteError
 
 
 class Of(nn.Module):
@@ -45,3 +47,40 @@ def agree(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> None:
 
 def explained(model: nn.Module, x: Any, target: Any = 0, **options: Any) -> Any:
     return RelativeLRP(model).attribute(x, target, **options)
+
+
+class Block(nn.Module):
+    """A skip connection, pooling, and a gate that may be given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.inner = nn.Conv2d(8, 8, 3, padding=1)
+        self.pool = nn.MaxPool2d(2)
+        self.after = nn.Linear(8 * 4 * 4, 5)
+
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        x = self.before(x)
+        x = self.pool(torch.relu(x + self.inner(x)))
+        y: Tensor = self.after((x if weight is None else x * weight).flatten(1))
+        return y
+
+
+def block() -> Block:
+    torch.manual_seed(0)
+    return Block().eval()
+
+
+def images(seed: int = 1, batch: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 3, 8, 8, generator=generator, dtype=dtype)
+
+
+def assert_refuses(rlrp: RelativeLRP, x: Tensor) -> None:
+    """A picture with a NaN, and a target that :class:`Block` does not have."""
+    bad = x.clone()
+    bad[1, 0, 0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="Input 0 contains NaN"):
+        rlrp.attribute(bad, target=1)
+    with pytest.raises(ValueError, match="target 7 does not fit"):
+        rlrp.attribute(x, target=7)

@@ -11,12 +11,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from captum_rlrp import RelativeLRP
-from captum_rlrp.errors import InputError, NonFiniteError
+from captum_rlrp.errors import InputError
 from captum_rlrp.kernels import compiled
 from captum_rlrp.run import cuda_graphs
 from captum_rlrp.run.cuda_graphs import CannotRecordError, CudaGraphs, CudaTape, Probe
 from captum_rlrp.run.recording import Recordings
 from captum_rlrp.run.task import Task
+
+from . import small
+from .small import assert_refuses, block
 
 
 class FakeTape:
@@ -60,26 +63,9 @@ def _tensors(value):
     return [v for v in values if isinstance(v, torch.Tensor)]
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.before = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
-        self.inner = nn.Conv2d(8, 8, 3, padding=1)
-        self.pool = nn.MaxPool2d(2)
-        self.after = nn.Linear(8 * 4 * 4, 5)
-
-    def forward(self, x, weight=None):
-        x = self.before(x)
-        x = self.pool(torch.relu(x + self.inner(x)))
-        if weight is not None:
-            x = x * weight
-        return self.after(x.flatten(1))
-
-
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    return Block().double().eval()
+    return block().double()
 
 
 def recorded(model, **options):
@@ -91,8 +77,7 @@ def recorded(model, **options):
 
 
 def images(batch=2, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, 3, 8, 8, generator=generator, dtype=torch.float64)
+    return small.images(seed, batch, torch.float64)
 
 
 def agree(method, model, x, target, **options):
@@ -202,12 +187,7 @@ def test_errors_are_those_without(model):
     method = recorded(model)
     for _ in range(2):
         method.attribute(images(), target=1)
-    bad = images()
-    bad[1, 0, 0, 0] = float("nan")
-    with pytest.raises(NonFiniteError, match="Input 0 contains NaN"):
-        method.attribute(bad, target=1)
-    with pytest.raises(ValueError, match="target 7 does not fit"):
-        method.attribute(images(), target=7)
+    assert_refuses(method, images())
     agree(method, model, images(), 1)
 
 

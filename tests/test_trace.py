@@ -6,6 +6,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,42 +17,20 @@ from torch.utils._pytree import tree_iter
 from torchvision import models
 
 from captum_rlrp import LayerRelativeLRP, RelativeLRP
-from captum_rlrp.errors import NonFiniteError
 from captum_rlrp.kernels import compiled
 from captum_rlrp.run import trace
 from captum_rlrp.run.recording import Recordings
 from captum_rlrp.run.task import Task
 
 from .oracle import relative_error
-from .small import mlp, of, rows
+from .small import assert_refuses, block, images, mlp, of, rows
 
 SAME = {"rtol": 0.0, "atol": 0.0}
 
 
-class Block(nn.Module):
-    """A skip connection, pooling, and a gate that may be given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.before = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
-        self.inner = nn.Conv2d(8, 8, 3, padding=1)
-        self.pool = nn.MaxPool2d(2)
-        self.after = nn.Linear(8 * 4 * 4, 5)
-
-    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        x = self.before(x)
-        x = self.pool(torch.relu(x + self.inner(x)))
-        return self.after((x if weight is None else x * weight).flatten(1))
-
-
 @pytest.fixture
 def model() -> nn.Module:
-    torch.manual_seed(0)
-    return Block().eval()
-
-
-def images(seed: int = 1, batch: int = 2) -> Tensor:
-    return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return block()
 
 
 def traces(rlrp: Any) -> Recordings:
@@ -65,6 +44,25 @@ def again(rlrp: RelativeLRP, *args: Any, **options: Any) -> None:
     found = rlrp.attribute(*args, **options)
     for a, b in zip(tree_iter(found), tree_iter(expected), strict=True):
         torch.testing.assert_close(a, b, **SAME)
+
+
+def assert_traces(model: nn.Module, count: int) -> None:
+    """Pictures one after another are explained rightly, and that many traces made."""
+    rlrp = RelativeLRP(model)
+    for seed in range(5):
+        again(rlrp, images(seed), target=1)
+    assert len(traces(rlrp)) == count
+
+
+Law = Callable[..., Any]
+
+
+@pytest.fixture
+def law_becomes(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Law], Law]], None]:
+    """Puts something around the law of convolutions."""
+    return lambda around: monkeypatch.setattr(
+        compiled, "conv_relevance", around(compiled.conv_relevance)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -176,22 +174,13 @@ def test_errors_are_those_of_the_first_time(model: nn.Module) -> None:
     rlrp = RelativeLRP(model)
     for _ in range(3):
         rlrp.attribute(images(), target=1)
-    bad = images()
-    bad[1, 0, 0, 0] = float("nan")
-    with pytest.raises(NonFiniteError, match="Input 0 contains NaN"):
-        rlrp.attribute(bad, target=1)
-    with pytest.raises(ValueError, match="target 7 does not fit"):
-        rlrp.attribute(images(), target=7)
+    assert_refuses(rlrp, images())
     again(rlrp, images() * 1e-30, target=1)  # which float32 cannot hold
 
 
 @pytest.mark.parametrize("reads", ["a value", "a mask", "an array", "a list"])
-def test_what_goes_by_values_is_not_traced(
-    reads: str, model: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    law = compiled.conv_relevance
-
-    def reading(x: Tensor, weight: Tensor, r: Tensor, *rest: Any, **options: Any) -> Any:
+def test_what_goes_by_values_is_not_traced(reads: str, model: nn.Module, law_becomes: Any) -> None:
+    def reading(law: Law, x: Tensor, weight: Tensor, r: Tensor, *rest: Any, **options: Any) -> Any:
         if reads == "a value":
             assert float(r.sum()) < 2
         elif reads == "a mask":
@@ -202,56 +191,37 @@ def test_what_goes_by_values_is_not_traced(
             assert len(r.tolist()) == 2
         return law(x, weight, r, *rest, **options)
 
-    monkeypatch.setattr(compiled, "conv_relevance", reading)
-    rlrp = RelativeLRP(model)
-    for seed in range(4):
-        again(rlrp, images(seed), target=1)
-    assert len(traces(rlrp)) == 0
+    law_becomes(lambda law: partial(reading, law))
+    assert_traces(model, 0)
 
 
-def test_numbers_that_a_rule_makes_a_tensor_of(
-    model: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    law = compiled.conv_relevance
-
-    def scaled(x: Tensor, weight: Tensor, r: Tensor, *rest: Any, **options: Any) -> Any:
+def test_numbers_that_a_rule_makes_a_tensor_of(model: nn.Module, law_becomes: Any) -> None:
+    def scaled(law: Law, x: Tensor, weight: Tensor, r: Tensor, *rest: Any, **options: Any) -> Any:
         r = r.clone()
         r[:, 0] = 0
         return law(x, weight, r * torch.tensor(0.5).mul_(2), *rest, **options)
 
-    monkeypatch.setattr(compiled, "conv_relevance", scaled)
-    rlrp = RelativeLRP(model)
-    for seed in range(5):
-        again(rlrp, images(seed), target=1)
-    assert len(traces(rlrp)) == 1
+    law_becomes(lambda law: partial(scaled, law))
+    assert_traces(model, 1)
 
 
 def test_too_many_operations_are_not_traced(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trace, "_LONGEST", 5)
-    rlrp = RelativeLRP(model)
-    for seed in range(4):
-        again(rlrp, images(seed), target=1)
-    assert len(traces(rlrp)) == 0
+    assert_traces(model, 0)
 
 
-def test_an_operation_that_runs_in_no_mode(
-    model: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_operation_that_runs_in_no_mode(model: nn.Module, law_becomes: Any) -> None:
     """As those of torch.ops.higher_order."""
-    law = compiled.conv_relevance
 
-    def refusing(*args: Any, **options: Any) -> Any:
+    def refusing(law: Law, *args: Any, **options: Any) -> Any:
         if _get_current_dispatch_mode() is not None:
             raise NotImplementedError("no rule for this mode")
         return law(*args, **options)
 
-    monkeypatch.setattr(compiled, "conv_relevance", refusing)
-    rlrp = RelativeLRP(model)
-    for seed in range(4):
-        again(rlrp, images(seed), target=1)
-    assert len(traces(rlrp)) == 0
+    law_becomes(lambda law: partial(refusing, law))
+    assert_traces(model, 0)
 
 
 class Memory(TorchDispatchMode):

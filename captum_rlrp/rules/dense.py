@@ -51,28 +51,33 @@ class Dense(LinearRule):
         return bool(call.shape(first)[-1] == 1)
 
     def apply(self, run: Pass, call: Call, x: Tensor, *, absolute: bool = False) -> Tensor:
-        if _factors(call) is None or call.name not in ("matmul", "bmm"):
+        factors = _factors(call)
+        if factors is None:
             return super().apply(run, call, x, absolute=absolute)
-        return self._multiply(run, call, x, self._matrix(run, call, x.dtype, absolute))
+        return self._multiply(run, call, factors, x, absolute)
 
     def transpose(self, run: Pass, call: Call, g: Tensor, *, absolute: bool = False) -> Tensor:
-        if _factors(call) is None:
+        factors = _factors(call)
+        if factors is None:
             return super().transpose(run, call, g, absolute=absolute)
-        product = self._multiply(run, call, g, self._matrix(run, call, g.dtype, absolute).mT)
+        product = self._multiply(run, call, factors, g, absolute, turned=True)
         return sum_to(product, run.like(self.operand(call)).shape)
 
-    def _matrix(self, run: Pass, call: Call, dtype: torch.dtype, absolute: bool) -> Tensor:
-        """The factor that is held fixed."""
-        factors = _factors(call)
-        assert factors is not None
-        node = call.args[next(name for name in factors if name != self.slot(call)[0])]
-        if absolute and not is_nonnegative(node):
-            return run.magnitude(node, dtype)
-        return cast(run.value(node), dtype)
-
-    def _multiply(self, run: Pass, call: Call, x: Tensor, matrix: Tensor) -> Tensor:
-        """The product with x on the side where the operand stands."""
-        is_first = (self.slot(call)[0],) == (_factors(call) or ())[:1]
+    def _multiply(
+        self,
+        run: Pass,
+        call: Call,
+        factors: tuple[str, str],
+        x: Tensor,
+        absolute: bool,
+        turned: bool = False,
+    ) -> Tensor:
+        """The product with x where the operand stands, and with the other factor, or its mT."""
+        is_first = self.slot(call)[0] == factors[0]
+        node = call.args[factors[is_first]]
+        takes_size = absolute and not is_nonnegative(node)
+        matrix = run.magnitude(node, x.dtype) if takes_size else cast(run.value(node), x.dtype)
+        matrix = matrix.mT if turned else matrix
         product: Tensor = run.kernels.matmul(*((x, matrix) if is_first else (matrix, x)))
         return product
 

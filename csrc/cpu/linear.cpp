@@ -94,8 +94,7 @@ RLRP_INLINE inline double law_of_block(const Layer& layer, int64_t output, int64
   for (int k = 0; k < kCount; ++k) {
     for (int j = 0; j < kOf; ++j) {
       const float d = convolution::total<kLanes>(divisor[k][j]);
-      s[k][j] = d == 0 ? 0.0f : r[k * layer.out + j] / d;
-      seen += std::abs(s[k][j]) + (d - d);
+      seen += std::abs(Divide<float>::run(r[k * layer.out + j], d, s[k][j]));
     }
   }
   simd::each_vector<kLanes>(in, [&](int64_t i, const auto& some) RLRP_INLINE {

@@ -90,3 +90,16 @@ def agree(actual: Tensor, expected: Tensor, dtype: torch.dtype, scale: float = 1
 def exact(t: Tensor) -> Tensor:
     """The same values in float64 on the CPU."""
     return t.detach().cpu().double()
+
+
+def assert_same_bits(results, counts=(1, 2, 3)):
+    """The tensors that a function returns are the same for any number of threads."""
+    before, seen = torch.get_num_threads(), []
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            seen.append(results())
+    finally:
+        torch.set_num_threads(before)
+    for other in seen[1:]:
+        assert all(torch.equal(u, v) for u, v in zip(seen[0], other, strict=True))

@@ -11,7 +11,7 @@ from captum_rlrp.kernels.convolution import Filters
 from captum_rlrp.kernels.extension import ops
 from captum_rlrp.kernels.reference import Window
 
-from .common import agree, exact, needs_extension, rand
+from .common import agree, assert_same_bits, exact, needs_extension, rand
 
 pytestmark = needs_extension
 
@@ -342,23 +342,16 @@ def test_results_do_not_depend_on_the_number_of_threads(case, has_zeros):
     if has_zeros:  # of which some blocks leave out much, and others nothing
         x[..., x.shape[-1] // 2 :] *= (torch.rand(x.shape[1]) < 0.4).view(-1, *[1] * (x.dim() - 2))
     g = torch.randn_like(convolution.forward(x, filters)[0])
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 5, 9):
-            torch.set_num_threads(count)
-            results.append(
-                [
-                    *convolution.forward(x, filters),
-                    *convolution.divide(g, x, filters),
-                    *convolution.divide(g, x.abs(), filters, nonnegative=True),
-                    *([convolution.product(x, g, filters)] if x.shape[1] > 4 else ()),
-                ]
-            )
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(map(torch.equal, results[0], other))
+
+    def results():
+        return (
+            *convolution.forward(x, filters),
+            *convolution.divide(g, x, filters),
+            *convolution.divide(g, x.abs(), filters, nonnegative=True),
+            *([convolution.product(x, g, filters)] if x.shape[1] > 4 else ()),
+        )
+
+    assert_same_bits(results, (1, 2, 5, 9))
 
 
 # batch, channels, filters, size, taps, stride, padding

@@ -8,7 +8,7 @@ import torch
 from captum_rlrp.kernels import compiled, reference
 from captum_rlrp.kernels.extension import ops
 
-from .common import DTYPES, agree, exact, needs_extension
+from .common import DTYPES, agree, assert_same_bits, exact, needs_extension
 from .test_ops import bad_tensors, refused
 
 pytestmark = needs_extension
@@ -82,15 +82,7 @@ def test_few_rows(rows, inputs, outputs):
 @pytest.mark.parametrize("rows", [5, 40])
 def test_the_same_bits_for_any_number_of_threads(rows):
     x, weight, r = torch.randn(rows, 300), torch.randn(500, 300), torch.randn(rows, 500)
-    found, before = [], torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append(ops.linear_law.default(x, weight, r)[0])
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
+    assert_same_bits(lambda: ops.linear_law.default(x, weight, r))
 
 
 @pytest.mark.parametrize("rows", [3, 61, 200])

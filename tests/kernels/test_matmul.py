@@ -8,7 +8,7 @@ import torch
 from captum_rlrp.kernels import compiled
 from captum_rlrp.kernels.extension import ops
 
-from .common import exact, needs_extension
+from .common import assert_same_bits, exact, needs_extension
 from .test_ops import bad_tensors, refused
 
 pytestmark = needs_extension
@@ -74,16 +74,7 @@ def test_a_nan_stays_where_it_is():
 
 def test_the_same_bits_for_any_number_of_threads():
     a, b = torch.randn(1, 131, 40), torch.randn(1, 40, 70)
-    found = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append(ops.matmul.default(a, b))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
+    assert_same_bits(lambda: [ops.matmul.default(a, b)])
 
 
 @pytest.mark.parametrize(

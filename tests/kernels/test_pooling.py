@@ -12,6 +12,7 @@ from captum_rlrp.kernels import compiled, reference
 from .common import (
     DIAGONAL,
     agree,
+    assert_same_bits,
     compare,
     every_case,
     every_device,
@@ -242,14 +243,6 @@ def test_batch_of_none(backend, dtype):
 def test_bits_do_not_depend_on_the_thread_count(layout):
     x = rand(2, 33, 61, 57, dtype=torch.float32, layout=layout)
     r = rand(2, 33, 31, 29, dtype=torch.float32, layout=layout)
-    threads = torch.get_num_threads()
-    try:
-        seen = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            pooled = to_winners(compiled, x, r, 3, 2, 1)
-            seen.append((pooled, compiled.avg_pool(r, x.shape, 3, 2, 1)))
-    finally:
-        torch.set_num_threads(threads)
-    for other in seen[1:]:
-        assert all(torch.equal(u, v) for u, v in zip(seen[0], other, strict=True))
+    assert_same_bits(
+        lambda: (to_winners(compiled, x, r, 3, 2, 1), compiled.avg_pool(r, x.shape, 3, 2, 1))
+    )
