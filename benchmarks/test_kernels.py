@@ -50,6 +50,12 @@ DENSE = {  # rows, inputs, outputs
     "vgg16.fc2": (1, 4096, 4096),
     "vit_b_16.mlp": (197, 768, 3072),
 }
+HEADS = {  # indices in front, rows, inner, columns
+    "vit_b_16, q k": (2, 12, 197, 64, 197),
+    "vit_b_16, a v": (2, 12, 197, 197, 64),
+    "swin_t, q k": (128, 3, 49, 32, 49),
+    "swin_t, a v": (128, 3, 49, 49, 32),
+}
 CONVOLUTIONS = [  # layer, batch, channels, filters, size, taps, stride along their axes
     ("resnet50.layer1.conv2", 8, 64, 64, (56, 56), (3, 3), 1),
     ("resnet50.layer3.conv2", 8, 256, 256, (14, 14), (3, 3), 1),
@@ -223,6 +229,19 @@ def test_dense_law(benchmark, name):
         f"law of a dense layer {name}, {rows} rows",
         lambda: reference.linear_relevance(x, weight, r),
         lambda: compiled.linear_relevance(x, weight, r),
+    )
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_matmul(benchmark, name):
+    *heads, rows, inner, columns = HEADS[name]
+    a = torch.randn(*heads, rows, inner, device=DEVICE)
+    b = torch.randn(*heads, inner, columns, device=DEVICE)
+    compare(
+        benchmark,
+        f"matmul {name}",
+        lambda: reference.matmul(a, b),
+        lambda: compiled.matmul(a, b),
     )
 
 
